@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from adapt_pruner.core.model.kinds import kind_of
+
 __all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_pattern"]
 
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
@@ -145,7 +147,7 @@ class Axis:
     @property
     def kind(self) -> str:
         """The last part of the name: `neurons`, `kv_heads`, `attentions`, `residual`, `vocabulary`, `layers`."""
-        return self.name.rpartition(".")[2]
+        return kind_of(self.name)
 
     @property
     def least(self) -> int:
