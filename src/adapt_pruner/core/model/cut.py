@@ -268,7 +268,7 @@ def cut(
         if axis.modules:
             _drop_block(model, axis)
     if "layers" in shrinking:
-        _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist())
+        _drop_layers(model, shrinking["layers"], mask.layers_left or [])
     write_sizes(model.config, axes, mask)
 
 
@@ -437,9 +437,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
     config.per_layer_config = None
-    stayed = list(range(depth.size if depth else 0))
-    if depth is not None and "layers" in mask:
-        stayed = mask["layers"].nonzero().flatten().tolist()
+    stayed = (mask.layers_left if depth else None) or list(range(depth.size if depth else 0))
     if depth is not None:
         for field, _ in depth.fields:
             setattr(config, field, len(stayed))
