@@ -24,8 +24,9 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import export, proof
+from adapt_pruner.export import export
 from adapt_pruner.export import onnx as onnx_form
+from adapt_pruner.export import verify as proof
 from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify

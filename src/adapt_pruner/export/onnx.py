@@ -55,7 +55,14 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         RunError: torch cannot trace the model, onnxruntime computes something else, or the folder could not be written.
     """
     check_target(path)
-    _library()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
+        ) from error
     model = loaded.model
     ropes = ropes_of(getattr(model.config, "rope_parameters", None) or {})
     if any(rope.get("rope_type") == "dynamic" for rope in ropes):
@@ -127,13 +134,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         (batch,) = graph.run(None, {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
         return torch.from_numpy(batch[0])
 
-    def greedy(ids: list[int], count: int) -> list[int]:
-        continuation: list[int] = []
-        while len(continuation) < count:
-            continuation.append(int(logits(ids + continuation)[-1].argmax()))
-        return continuation
-
-    encode = None
+    tokenizer: Any = None
     if (path.parent / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
@@ -146,11 +147,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
                 "--trust-remote-code"
             ) from error
 
-        def encode(text: str) -> list[int]:
-            token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-            return token_ids
-
-    yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, greedy, encode)
+    encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]
+    yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, encode)
 
 
 def _session(path: Path) -> Any:
@@ -171,17 +169,6 @@ def _session(path: Path) -> Any:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no other public base class
         raise RunError(f"onnxruntime cannot open {path} ({first_line(error)}); export it again") from error
-
-
-def _library() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
-        ) from error
 
 
 @contextmanager
