@@ -73,7 +73,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_finite(path, model.state_dict(), dtype=torch.float32)
     check_fits(path, model.state_dict(), dtype=torch.float32)
     with whole_or_nothing(path) as folder:
-        with _plain_attention(model), _quiet():
+        with _traceable(model):
             try:
                 program = torch.onnx.export(
                     _Logits(model).eval(), (example, torch.ones_like(example)), dynamo=True, verbose=False,
@@ -172,28 +172,18 @@ def _session(path: Path) -> Any:
 
 
 @contextmanager
-def _plain_attention(model: Any) -> Iterator[None]:
-    """Within this context attention is written out in plain operations, which any exporter can trace."""
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the notices of torch's exporter; its errors are still raised."""
-    logger = logging.getLogger("torch.onnx")
+def _traceable(model: Any) -> Iterator[None]:
+    """Within this context attention is plain operations, which any exporter can trace, and torch's exporter gives no notices."""
+    attention, logger = model.config._attn_implementation, logging.getLogger("torch.onnx")
     level = logger.level
     try:
+        model.set_attn_implementation("eager")
         logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)
+        model.set_attn_implementation(attention)
 
 
 @torch.no_grad()
