@@ -357,7 +357,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError("pass --trust-remote-code if you trust it")
 
-    for home in ("run.start", "compare.models", "export.proof", "report.with_card", "api.measuring"):
+    for home in ("run.start", "compare.models", "export.verify", "report.with_card", "api.measuring"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),

@@ -310,7 +310,7 @@ class RunState:
     @property
     def layers_left(self) -> list[int] | None:
         """The layers that are left, by their numbers in the model at the start; None if no layer is gone."""
-        return self.mask["layers"].nonzero().flatten().tolist() if "layers" in self.mask else None
+        return self.mask.layers_left
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain data; `from_json` gives back the same floats."""

@@ -30,7 +30,7 @@ from adapt_pruner.compare.table import table
 from adapt_pruner.core.events.words import score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer, check_asked
-from adapt_pruner.export.proof import prove
+from adapt_pruner.export.verify import prove
 from adapt_pruner.recipe import check_precision
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]

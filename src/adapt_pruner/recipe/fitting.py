@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from adapt_pruner.core.model.kinds import USUAL, WHOLE
 from adapt_pruner.core.system.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
@@ -16,10 +17,7 @@ from adapt_pruner.recipe import parts
 if TYPE_CHECKING:
     from adapt_pruner.recipe.schema import Recipe
 
-__all__ = ["WHOLE", "check_fitting", "parse_latency", "unread"]
-
-WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers, or one layer's attention or MLP. A distance scores them; a `depth.…` chooser says how many go."""
+__all__ = ["check_fitting", "parse_latency", "unread"]
 
 
 def parse_latency(written: str) -> float:
@@ -197,7 +195,7 @@ def _check_latency(recipe: "Recipe") -> None:
         raise ValueError(
             f"budget {recipe.budget!r} and latency {recipe.latency!r} both say how far to prune; leave one of them out"
         )
-    others = [f"axes {', '.join(kinds)}"] if (kinds := sorted(set(recipe.axes) - {"neurons", "kv_heads"})) else []
+    others = [f"axes {', '.join(kinds)}"] if (kinds := sorted(set(recipe.axes) - set(USUAL))) else []
     if recipe.vocabulary is not None:
         others.insert(0, "vocabulary")
     if "chosen" not in parts.needs("reduce", recipe.reduce):

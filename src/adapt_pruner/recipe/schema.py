@@ -24,6 +24,7 @@ from pydantic import (
 
 from adapt_pruner.core.events import DEFAULT_TEXT
 from adapt_pruner.core.model.budget import check_written, parse_count
+from adapt_pruner.core.model.kinds import USUAL, Prunable
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_yaml import read_keys, value_of
@@ -295,10 +296,8 @@ class Recipe(_Frozen):
     stages: int = Field(
         1, ge=1, le=1000, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
     )
-    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
-        ("neurons", "kv_heads"),
-        min_length=1,
-        description="kinds of units that may be removed: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
+    axes: tuple[Prunable, ...] = Field(
+        USUAL, min_length=1, description=f"kinds of units that may be removed: {', '.join(get_args(Prunable))}"
     )
     vocabulary: Vocabulary | None = Field(
         None, description="tokens to keep: {source: SPEC, keep: 16384}, or min_uses instead of keep; null keeps all"

@@ -22,6 +22,7 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.model.feed import Feed
+from adapt_pruner.core.model.kinds import BLOCKS, OF_THE_MODEL
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import why, write_whole
@@ -214,8 +215,8 @@ def _check_class(work: Work) -> None:
 def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
-    unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
-    blocks = [axis for axis in unequal if axis in ("attentions", "mlps")]
+    unequal = [axis for axis in recipe.axes if axis not in OF_THE_MODEL]
+    blocks = [axis for axis in unequal if axis in BLOCKS]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
     if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):
         remedy = "" if blocks else "set equal_widths=true, or "
@@ -417,7 +418,7 @@ def _check_machine(work: Work) -> None:
     if asked.liger and families.is_sliced(model.config):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
     lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
-    if asked.liger and (lacking or {"attentions", "mlps"} & set(work.recipe.axes)):
+    if asked.liger and (lacking or set(BLOCKS) & set(work.recipe.axes)):
         raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
     if asked.liger and next(model.parameters()).device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")

@@ -20,13 +20,13 @@ import torch
 
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["GOLDEN", "HEADS", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
+__all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
-HEADS = ("kv_heads", "query_heads")
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly spread in [0, 1)
 
 
