@@ -132,6 +132,20 @@ def test_a_standardised_line_does_not_know_scales_and_one_by_parameter_does() ->
     assert sum(shot(standardised, alike, axes, keep).values()) < 126, "scores that are all alike stand at 0"
 
 
+def test_standardised_by_kind_an_axis_of_three_heads_need_not_lose_one() -> None:
+    """Within an axis of three, the lowest z lies between -1.155 and -0.577; over a kind, a layer's heads may all be worth much."""
+    axes = toy_axes((8, 8, 8), (3, 3, 3))
+    scores = {axis.name: torch.linspace(1, 2, axis.size) for axis in axes}
+    for layer, worth in enumerate((1.0, 30.0, 40.0)):
+        scores[f"layers.{layer}.kv_heads"] = torch.tensor([worth, worth + 0.2, worth + 0.4])
+    heads = [f"layers.{layer}.kv_heads" for layer in range(3)]
+    sizes = [shot(standardised, scores, axes, size_of(axes) - 2 * HEAD, by=by) for by in ("unit", "kind")]
+    assert sorted(sizes[0][name] for name in heads) == [2, 2, 3], "each layer's worst head"
+    assert [sizes[1][name] for name in heads] == [1, 3, 3], "the two that are worth least of all nine"
+    few = shot(standardised, scores, axes, size_of(axes) - 2 * NEURON, by="kind")
+    assert [few[name] for name in heads] == [3, 3, 3], "the lowest z of the neurons, -1.5, is below that of the heads, -1.3"
+
+
 def test_scores_standardised_by_feature_are_taken_as_they_come() -> None:
     """Heads that features' means have drawn together toward 0 stay there, as in FLAP, and neurons go before them."""
     axes = toy_axes((1000,), (8,))

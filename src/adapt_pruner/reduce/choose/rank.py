@@ -113,9 +113,9 @@ def standardised(
     step: float,
     structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = "AL-AM",
     heads: float | None = None,
-    by: Literal["unit", "feature"] = "unit",
+    by: Literal["unit", "kind", "feature"] = "unit",
 ) -> tuple[dict[str, int], Debt]:
-    """Bring the scores of each axis to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
+    """Bring the scores of each axis, or kind, to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
 
     z[u] = (score[u] - mean of its axis) / (standard deviation of its axis, over n - 1); 0 where an axis's scores are alike.
 
@@ -133,7 +133,9 @@ def standardised(
         structure: AL-AM, AL-MM, UL-MM or UL-UM.
         heads: share of the heads at the start that goes under AL-MM and UL-MM, rounded down; fewer if the budget does not pay
             for all of them.
-        by: `unit` standardises the scores. `feature` takes them as they are, from a metric that has standardised the features of
+        by: `unit` standardises the scores of each axis. `kind` standardises those of all axes of a kind together; that needs scores
+            that compare across layers, and suits axes of a few heads, whose lowest z is far below 0 whatever they are worth.
+            `feature` takes them as they are, from a metric that has standardised the features of
             an axis and gives a unit their mean (`activations.fluctuation(standardised=true)`), as FLAP does.
 
     Returns:
@@ -150,7 +152,11 @@ def standardised(
     """
     _check_heads(structure, heads)
     worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
-    worth = {name: (_standardised(values) if by == "unit" else values)[:-1] for name, values in worth.items()}
+    if by == "unit":
+        worth = {name: _standardised(values) for name, values in worth.items()}
+    elif by == "kind":
+        worth = _standardised_by_kind(axes, worth)
+    worth = {name: values[:-1] for name, values in worth.items()}
     if structure.startswith("UL"):
         starts = {axis.name: debt.start[axis.name] for axis in axes}  # by the share that is gone, all axes lose the same share
         gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name]) for axis in axes}
@@ -195,6 +201,15 @@ def _standardised(values: Tensor) -> Tensor:
     centred = values - values.mean()
     deviation = (centred.square().sum() / max(1, values.numel() - 1)).sqrt()
     return torch.zeros_like(values) if deviation <= 1e-9 * values.abs().max() else centred / deviation
+
+
+def _standardised_by_kind(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for kind in {axis.kind: None for axis in axes}:
+        alike = [axis for axis in axes if axis.kind == kind]
+        together = _standardised(torch.cat([worth[axis.name] for axis in alike]))
+        found |= dict(zip([axis.name for axis in alike], together.split([axis.size for axis in alike]), strict=True))
+    return found
 
 
 def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:
