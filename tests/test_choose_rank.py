@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.choose.allocate import Debt, uniform
-from adapt_pruner.reduce.choose.rank import per_parameter, standardised
+from adapt_pruner.reduce.choose.rank import per_parameter, per_structure, standardised
 from adapt_pruner.reduce.units import prunable
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.work import Work
-from conftest import as_dicts, tiny_model
+from conftest import LAYOUTS, as_dicts, tiny_model
 from test_choose import HEAD, NEURON, after, size_of, toy_axes
 
 STRUCTURES: list[dict[str, Any]] = [
@@ -41,27 +42,6 @@ def drawn(axes: list[Axis], *, seed: int = 0) -> Scores:
 def shot(chooser: Any, scores: Scores, axes: list[Axis], keep: int, **options: Any) -> dict[str, int]:
     sizes, _ = chooser(scores, axes, Budget(keep, size_of(axes)), debt=Debt.none(axes), step=1.0, **options)
     return dict(sizes)
-
-
-def test_kinds_apart_stand_in_one_line_by_how_they_compare_with_their_own() -> None:
-    """Heads are worth thousands of times as much as neurons; apart, what counts is worth over the mean of the kind."""
-    axes = toy_axes((4, 4), (3, 3))
-    scores = {
-        "layers.0.neurons": torch.tensor([1.0, 2.0, 3.0, 4.0]),  # over their mean of 3.5: 0.29, 0.57, 0.86, 1.14
-        "layers.1.neurons": torch.tensor([4.0, 4.0, 5.0, 5.0]),  # 1.14, 1.14, 1.43, 1.43
-        "layers.0.kv_heads": torch.tensor([4e6, 9e6, 9e6]),  # over their mean of 1e7: 0.4, 0.9, 0.9
-        "layers.1.kv_heads": torch.tensor([8e6, 1e7, 2e7]),  # 0.8, 1.0, 2.0
-    }
-    first = (NEURON, HEAD + NEURON, HEAD + 2 * NEURON, 2 * HEAD + 2 * NEURON)
-    lost = ((1, 0, 0, 0), (1, 0, 1, 0), (2, 0, 1, 0), (2, 0, 1, 1))
-    for excess, gone in zip(first, lost, strict=True):
-        sizes = shot(per_parameter, scores, axes, size_of(axes) - excess, apart=True)
-        assert tuple(axis.size - sizes[axis.name] for axis in axes) == gone
-    for axis in axes:  # at their word, the head of layer 0 is dearer by far than any neuron, and one of layer 1 goes as soon
-        if axis.kind == "kv_heads":
-            scores[axis.name] = torch.tensor([4e6, 9e6, 9e6])
-    found = [shot(per_parameter, scores, axes, size_of(axes) - 2 * HEAD, apart=apart) for apart in (False, True)]
-    assert found[0]["layers.1.kv_heads"] == found[1]["layers.1.kv_heads"] == 2
 
 
 def test_a_head_goes_before_a_neuron_where_it_is_worth_less_a_parameter() -> None:
@@ -130,6 +110,66 @@ def test_a_standardised_line_does_not_know_scales_and_one_by_parameter_does() ->
     assert shot(per_parameter, scores, axes, keep) != shot(per_parameter, scaled, axes, keep)
     alike = scores | {"layers.0.neurons": torch.full((60,), 3.0), "layers.0.kv_heads": torch.full((3,), 0.1)}
     assert sum(shot(standardised, alike, axes, keep).values()) < 126, "scores that are all alike stand at 0"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
+def test_a_structure_is_worth_its_score_over_the_size_that_gisp_gives_it(layout: tuple[str, str]) -> None:
+    """Heads over 4 · head_dim · hidden, channels over 3 · intermediate; biases and the number of groups change nothing."""
+    model = tiny_model(layout)
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "query_heads")]
+    depth = max(axis.layer or 0 for axis in axes) + 1
+    generator, scores, line = torch.Generator().manual_seed(5), {}, []
+    for axis in axes:
+        size = 3 * axis.size if axis.kind == "neurons" else 4 * axis.gate.width * model.config.hidden_size
+        worth = torch.rand(axis.entries, generator=generator)
+        scores[axis.name] = worth * size
+        if depth // 3 <= (axis.layer or 0) < depth - 1:
+            ranked = worth.view(axis.groups, axis.size).sort(dim=1).values.mean(dim=0)
+            line += [(float(value), axis.name) for value in ranked[:-1]]
+    line.sort()
+    cost = {axis.name: axis.cost for axis in axes}
+    if any(axis.size > 1 for axis in axes if axis.kind == "query_heads"):
+        assert {name.rpartition(".")[2] for _, name in line[:-1]} == {"neurons", "query_heads"}
+    for count in range(1, len(line)):
+        gone = [name for _, name in line[:count]]
+        excess = sum(cost[name] for name in gone)
+        sizes = shot(per_structure, scores, axes, size_of(axes) - excess, first=0.334, last=1)
+        lost = {axis.name: axis.size - sizes[axis.name] for axis in axes}
+        assert lost == {axis.name: gone.count(axis.name) for axis in axes}, "none of the first and the last layer"
+
+
+def test_a_step_is_a_share_of_all_structures_whatever_they_cost() -> None:
+    model = tiny_model(num_hidden_layers=12)
+    axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "query_heads")]
+    number = sum(axis.entries for axis in axes)
+    scores = {axis.name: torch.full((axis.entries,), 1.0 if axis.kind == "neurons" else 0.0) for axis in axes}
+    sizes, debt = per_structure(scores, axes, Budget(1, size_of(axes)), debt=Debt.none(axes), step=0.05)
+    lost = sum((axis.size - sizes[axis.name]) * axis.groups for axis in axes)
+    widest = max(axis.groups for axis in axes)
+    assert 0.05 * number <= lost < 0.05 * number + widest
+    heads = [axis for axis in axes if axis.kind == "query_heads" and 1 <= (axis.layer or 0) < 11]
+    assert all(sizes[axis.name] == 1 for axis in heads), (
+        "heads, worth nothing, go first, though each costs as much as many channels"
+    )
+    smaller = [replace(axis, size=sizes[axis.name]) for axis in axes]
+    zeros = {axis.name: torch.zeros(axis.entries) for axis in smaller}
+    again, _ = per_structure(zeros, smaller, Budget(1, size_of(smaller)), debt=debt, step=0.05)
+    lost = sum((axis.size - again[axis.name]) * axis.groups for axis in smaller)
+    assert 0.05 * number <= lost < 0.05 * number + widest, "a share of the structures at the start, not of those left"
+
+
+def test_standardised_by_kind_an_axis_of_three_heads_need_not_lose_one() -> None:
+    """Within an axis of three, the lowest z lies between -1.155 and -0.577; over a kind, a layer's heads may all be worth much."""
+    axes = toy_axes((8, 8, 8), (3, 3, 3))
+    scores = {axis.name: torch.linspace(1, 2, axis.size) for axis in axes}
+    for layer, worth in enumerate((1.0, 30.0, 40.0)):
+        scores[f"layers.{layer}.kv_heads"] = torch.tensor([worth, worth + 0.2, worth + 0.4])
+    heads = [f"layers.{layer}.kv_heads" for layer in range(3)]
+    sizes = [shot(standardised, scores, axes, size_of(axes) - 2 * HEAD, by=by) for by in ("unit", "kind")]
+    assert sorted(sizes[0][name] for name in heads) == [2, 2, 3], "each layer's worst head"
+    assert [sizes[1][name] for name in heads] == [1, 3, 3], "the two that are worth least of all nine"
+    few = shot(standardised, scores, axes, size_of(axes) - 2 * NEURON, by="kind")
+    assert [few[name] for name in heads] == [3, 3, 3], "the lowest z of the neurons, -1.5, is below that of the heads, -1.3"
 
 
 def test_scores_standardised_by_feature_are_taken_as_they_come() -> None:

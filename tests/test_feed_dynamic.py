@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.system import world
 from adapt_pruner.data.dynamic import Dynamic, fitted
 from adapt_pruner.data.fixed import Rows, training_rows
@@ -182,16 +183,43 @@ def test_the_loss_on_each_held_out_text_is_told(tiny_folder: Path, texts: tuple[
     assert "Loss on each held-out text" in page
 
 
-def recipe_of(folder: Path, texts: tuple[str, str], tmp_path: Path, *, evaluation: Any = None, **changes: Any) -> Recipe:
+def recipe_of(
+    folder: Path, texts: tuple[str, str], tmp_path: Path, *, evaluation: Any = None, budget: str = "90%", **changes: Any
+) -> Recipe:
     path = references(tmp_path, dict(zip(texts, (1.0, 8.0), strict=True)))
     training = {
         "source": dict.fromkeys(texts, 1.0), "tokens": 16 * 16, "batch_tokens": 32, "length": 16, "lr": 1e-3,
         "feed": f"dynamic(references={path}, every=2)",
     }  # fmt: skip
     return read({
-        "model": str(folder), "budget": "90%", "method": "magnitude", "chooser": "allocate.uniform", "dtype": "float32", "device": "cpu",
+        "model": str(folder), "budget": budget, "method": "magnitude", "chooser": "allocate.uniform", "dtype": "float32", "device": "cpu",
         "checkpoint_minutes": 0, "training": training | changes, "evaluation": evaluation or {},
     })  # fmt: skip
+
+
+def test_distilling_shares_stay_where_the_cross_entropy_is_at_its_reference(tiny_folder: Path, tmp_path: Path) -> None:
+    """The loss that is trained is the divergence from the teacher; references are cross-entropies, so the feed hears those."""
+    texts = []
+    for letter in "as":  # all rows of a text are alike, so any of them has the loss of the text
+        path = tmp_path / f"{letter}.jsonl"
+        path.write_text((json.dumps({"text": letter * 15}) + "\n") * 40, encoding="utf-8")
+        texts.append(str(path))
+    model, ids = load(tiny_folder).model, {}
+    rows = rows_of((texts[0], texts[1]), tmp_path)
+    for number, name in enumerate(rows.domains(0, len(rows))):
+        ids[name] = rows.batch(number, number + 1)[0]
+    losses = {name: model(batch, labels=batch).loss.item() for name, batch in ids.items()}
+    assert abs(losses[texts[0]] - losses[texts[1]]) > 0.1, "else any shares would do"
+    (tmp_path / "theirs").mkdir()
+    feed = f"dynamic(references={references(tmp_path / 'theirs', losses)}, every=2)"
+    changes = {"objective": "objectives.distil", "feed": feed, "lr": 1e-9}
+    recipe = recipe_of(tiny_folder, (texts[0], texts[1]), tmp_path, budget="100%", **changes)
+    run(recipe, tmp_path / "run")
+    told = log_of(tmp_path / "run", "mixed")
+    assert len(told) == 4
+    for line in told:
+        assert line["losses"] == pytest.approx({name: losses[name] for name in line["losses"]}, abs=1e-4)
+        assert line["shares"] == pytest.approx(dict.fromkeys(texts, 0.5), abs=1e-3)
 
 
 def test_a_killed_run_goes_on_with_the_same_rows(tiny_folder: Path, texts: tuple[str, str], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from adapt_pruner import families
@@ -13,6 +14,7 @@ from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import methods, parts, read
 from adapt_pruner.report.with_card import prune
+from adapt_pruner.run.start import begin, prepare
 from conftest import VOCAB, byte_tokenizer, suited, tiny_model
 
 SHORTER = {
@@ -100,6 +102,33 @@ def test_flap_takes_one_cut_with_the_biases_it_adds(deep_folder: Path, text_file
     least = int(re.search(r"possible budget is ([\d,]+)", str(refused.value))[1].replace(",", ""))  # type: ignore[index]
     outcome = prune(read(asked | {"budget": str(least)}), tmp_path / "least")
     assert outcome.figures["params_after"] <= least
+
+
+def test_gisp_protects_the_ends_and_reads_the_same_text_in_every_step(deep_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    calibration = {"source": str(text_file), "samples": 4, "length": 32}
+    recipe = read(
+        {
+            "model": str(deep_folder),
+            "budget": "80%",
+            "method": "gisp",
+            "step": 0.1,
+            "dtype": "float32",
+            "calibration": calibration,
+        }
+    )
+    outcome = prune(recipe, tmp_path / "out")
+    assert len(outcome.history) > 1
+    axes = [axis for axis in families.axes(outcome.loaded.model) if axis.layer is not None]
+    began = {axis.name: axis.size for axis in families.axes(load(str(deep_folder)).model)}
+    lost = {axis.name: began[axis.name] - axis.size for axis in axes}
+    assert not any(lost[f"layers.{i}.{kind}"] for i in (0, 11) for kind in ("neurons", "query_heads"))
+    assert not any(lost[f"layers.{i}.kv_heads"] for i in range(12)), "keys and values stay"
+    assert any(lost[f"layers.{i}.query_heads"] for i in range(12)) or all(lost[f"layers.{i}.neurons"] for i in range(1, 11))
+    for redraw, alike in ((False, True), (True, False)):
+        asked = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"redraw": redraw})})
+        work = begin(asked, lambda event: None)
+        prepare(work)
+        assert torch.equal(work.batches()[0], work.batches(ahead=1)[0]) is alike
 
 
 def test_minitron_leaves_as_many_kv_groups_as_there_were(deep_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -15,24 +15,25 @@ from conftest import in_two_processes, tiny_model
 @pytest.mark.parametrize("stability", [False, True])
 @pytest.mark.parametrize("terms", ["both", "vector", "element"])
 def test_scores_are_the_formula(terms: str, stability: bool, batches: list[torch.Tensor]) -> None:
-    """Neurons of a layer, sequence by sequence, from the gradients of the stock loss."""
+    """Neurons of all layers, sequence by sequence, from the gradients of the stock loss; scales and σ are those of the kind."""
     model = tiny_model()
     axes = [axis for axis in families.axes(model) if axis.kind in ("neurons", "kv_heads")]
     found, _ = score(model, axes, batches, metrics=[lambda m, a: saap(m, a, terms=terms, stability=stability)], dtype="float32")
     mixed, _ = score(model, axes, batches, metrics=[lambda m, a: taylor(m, a, form="mixed")], dtype="float32")
     sequences = [row for batch in batches for row in batch.split(1)]
-    mlp = model.model.layers[1].mlp
-    weights = [(mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0)]
+    names = [axis.name for axis in axes if axis.kind == "neurons"]
     signed, absolute = [], []
     for ids in sequences:
         model.zero_grad()
         (model(ids, labels=ids).loss / len(sequences)).backward()
-        signed.append(sum((w * w.grad).sum(dim=dim) for w, dim in weights).detach())
-        absolute.append(sum((w * w.grad).abs().sum(dim=dim) for w, dim in weights).detach())
+        mlps = [layer.mlp for layer in model.model.layers]
+        terms_of = [[(m.gate_proj.weight, 1), (m.up_proj.weight, 1), (m.down_proj.weight, 0)] for m in mlps]
+        signed.append(torch.cat([sum((w * w.grad).sum(dim=dim) for w, dim in weights).detach() for weights in terms_of]))
+        absolute.append(torch.cat([sum((w * w.grad).abs().sum(dim=dim) for w, dim in weights).detach() for weights in terms_of]))
     a, e = torch.stack(signed), torch.stack(absolute)
     n = len(sequences)
     vector = (a.sum(0) - n / 2 * a.square().sum(0)).abs()
-    element = mixed["layers.1.neurons"]
+    element = torch.cat([mixed[name] for name in names])
     sigma = [(x.var(0, correction=0) / x.mean(0).square()).mean().sqrt() for x in (a.abs(), e)]
     fused = sum(x / x.mean() / (2 * s**2) for x, s in zip((vector, element), sigma, strict=True))
     expected = {"both": fused, "vector": vector, "element": element}[terms]
@@ -40,7 +41,7 @@ def test_scores_are_the_formula(terms: str, stability: bool, batches: list[torch
         expected = expected / (e.std(0, correction=0) / e.mean(0))
     if terms == "both":
         expected = expected + sum(s.log() for s in sigma)
-    assert torch.allclose(found["layers.1.neurons"], expected, rtol=1e-3)
+    assert torch.allclose(torch.cat([found[name] for name in names]), expected, rtol=1e-3)
     assert set(found) == {axis.name for axis in axes}
 
 

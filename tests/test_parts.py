@@ -50,7 +50,7 @@ def test_what_may_be_null_may_be_null() -> None:
         ("metric", "activations.fluctuation(form=mean)", "option 'form' of metric .* is 'mean'; known: IFV, WIFN, WIFV"),
         ("metric", "saap(terms=fused)", "option 'terms' of metric .* is 'fused'; known: both, element, vector"),
         ("chooser", "rank.standardised(structure=all)", "option 'structure' of chooser .* known: AL-AM, AL-MM, UL-MM, UL-UM"),
-        ("chooser", "rank.standardised(by=head)", "option 'by' of chooser .* is 'head'; known: feature, unit"),
+        ("chooser", "rank.standardised(by=head)", "option 'by' of chooser .* is 'head'; known: feature, kind, unit"),
         ("reduce", "search(fitness=accuracy)", "option 'fitness' of reduce 'search' is 'accuracy'; known: kl, loss"),
         ("reduce", "sparse_training(scores=size)", "option 'scores' of reduce .* is 'size'; known: magnitude, wanda"),
         ("solver", "fista(reads=none)", "option 'reads' of solver .* is 'none'; known: corrected, dense, sparse"),

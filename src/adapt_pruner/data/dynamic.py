@@ -65,7 +65,7 @@ class Dynamic(Fixed):
             floor: c, the part of the shares that is split evenly among all texts.
             seed: seed of the draws; each row's draw depends on it and on the number of the row.
 
-        With l_i the mean loss on text i over the last m steps (of rows that the model had not been trained on before) and r_i its
+        With l_i the mean cross-entropy on text i over the last m steps (of rows that the model had not been trained on before) and r_i its
         reference; if no row of the text was read in these steps, l_i - r_i is as it was, or at first the mean over the other texts:
 
             w_i ← w_i · exp(η (l_i - r_i)), normalised to sum 1;  w_i ← (1 - c) w_i + c / n, normalised to sum 1
@@ -77,7 +77,8 @@ class Dynamic(Fixed):
             UsageError: there is only one text, or the references are not one number for each text.
 
         Source: arXiv:2310.06694 and its released code, which takes the signed difference. Differs: l_i is the loss on training
-        rows just before they are trained on, not on a held-out set.
+        rows just before they are trained on, not on a held-out set. If another loss is trained (distillation), each step makes one
+        forward pass more to measure l_i.
         """
         super().__init__(rows)
         self._every, self._eta, self._floor, self._seed = every, eta, floor, seed

@@ -142,10 +142,11 @@ class Calibration(_Frozen):
 
     source: Source = Field(
         "self",
-        description="text, drawn again in each iteration: SPEC, or {SPEC: weight, …}; `self` is self-written text: the model writes it once",
+        description="text to draw from: SPEC, or {SPEC: weight, …}; `self` is self-written text: the model writes it once",
     )
     samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
     length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
+    redraw: bool = Field(True, description="draw from source again in each iteration; false reads the first draw in all")
     ids: str | None = Field(
         None, description="JSON file with input_ids, instead of source: exactly these tokens in every iteration"
     )

@@ -112,7 +112,10 @@ class Units(Reduction):
             steps = (shares[1] - shares[0]) / recipe.step
         else:
             counted_from = may_go - (start - reached) if recipe.debt == "reset" else may_go  # what the step is a share of
-            steps = (reached - target) / max(recipe.step * counted_from, least)
+            at_once = recipe.step * counted_from
+            if "structures" in parts.needs("chooser", recipe.chooser):  # mostly the cheapest go, since they are by far the most
+                at_once = recipe.step * sum(axis.entries for axis in outer) * min(axis.cost for axis in outer)
+            steps = (reached - target) / max(at_once, least)
         return max(1, math.ceil(steps - _NEARLY))
 
     def text_use(self, work: Work) -> TextUse:

@@ -432,14 +432,15 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
     recipe = work.recipe
     if _writes_text(recipe) and not write:
         return lambda iteration: []
-    asked = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
+    asked = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
     if _writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=asked["samples"], seed=recipe.seed, begun=begun))
-    return work.task.calibration(
+    feed = work.task.calibration(
         work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
+    return feed if recipe.calibration.redraw else lambda iteration: feed(0)
 
 
 def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:

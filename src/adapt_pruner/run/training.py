@@ -22,7 +22,7 @@ from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
-from adapt_pruner.train.objectives import named_loss
+from adapt_pruner.train.objectives import BesideNll, lm, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 from adapt_pruner.work import Work
 
@@ -183,10 +183,11 @@ class Trainer:
         assert feed is not None
         objective = parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)
         teacher = "the dense model" if asked.teacher is None else "the teacher"
+        heard = BesideNll(objective, work.task) if feed.wants_losses and objective.func is not lm else None
         if name := named_loss(objective.func, objective.keywords, teacher=teacher):
             self._loss_is = {"loss_is": name}
         how = TrainConfig(
-            objective=around(objective),
+            objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,

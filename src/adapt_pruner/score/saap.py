@@ -1,7 +1,6 @@
 """SAAP's importance: two second-order Taylor scores of a unit, fused by their uncertainty and divided by its fluctuation."""
 
 from collections.abc import Callable, Generator, Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -28,8 +27,8 @@ def saap(
         a_n[u] = Σ_w w · g_n                  e_n[u] = Σ_w |w · g_n|
         vector    V = | Σ_n a_n - (N / 2) Σ_n a_n² |                      H ≈ N Σ_n g_n g_nᵀ
         element   E = Σ_w | w g - w² F / 2 |                              `weights.taylor(form=mixed)`
-        σ_V², σ_E²  the variance of |a_n| and of e_n over n, over their mean square, averaged over the units of an axis
-        I = V' / (2 σ_V²) + E' / (2 σ_E²)                                 V', E': brought to mean 1 in their axis
+        σ_V², σ_E²  the variance of |a_n| and of e_n over n, over their mean square, averaged over all units of a kind
+        I = V' / (2 σ_V²) + E' / (2 σ_E²)                                 V', E': brought to mean 1 over the units of a kind
         score = I + log σ_V + log σ_E, or with `stability` I / f + log σ_V + log σ_E        f: deviation of e_n over its mean
 
     Args:
@@ -40,10 +39,11 @@ def saap(
         stability: divide by the fluctuation f, so that units whose worth depends on the text go earlier.
 
     Returns:
-        axis name -> float32 [axis.entries] on the CPU. Comparable within an axis; `rank.standardised` compares across.
+        axis name -> float32 [axis.entries] on the CPU. Comparable within a kind; `rank.standardised(by=kind)` compares kinds.
 
     Source: arXiv:2412.15127. Its code is not public, and we know its formulas from reviews only. The Taylor terms and the fusion
-    I / (2σ²) + log σ are theirs; the estimate of σ, the scaling to mean 1, and the fluctuation are ours.
+    I / (2σ²) + log σ are theirs; the estimate of σ, the scaling to mean 1, and the fluctuation are ours. Differs: they also rank
+    modules, to choose the layers that lose units; here all units of all layers stand in one line.
     """
     scored = [axis for axis in axes if axis.slices]
     lines: dict[str, list[list[Tensor]]] = {axis.name: [[], []] for axis in scored}  # a_n and e_n of each sequence
@@ -54,11 +54,22 @@ def saap(
                 pieces.setdefault(piece.parameter, []).append((axis, number))
     with attached(model.get_parameter(name).register_hook(_watch(model, name, slices, lines)) for name, slices in pieces.items()):
         elements = yield from taylor(model, axes, form="mixed")
-    fused = partial(_fused, terms=terms, stability=stability)
-    sums = {
-        axis.name: [torch.stack(each) if each else torch.zeros(0, axis.entries) for each in lines[axis.name]] for axis in scored
-    }
-    return {axis.name: fused(elements[axis.name], *sums[axis.name]) for axis in scored}
+    scores: Scores = {}
+    for kind in {axis.kind: None for axis in scored}:
+        alike = [axis for axis in scored if axis.kind == kind]
+        sums = [
+            torch.cat(
+                [
+                    torch.stack(lines[axis.name][which]) if lines[axis.name][which] else torch.zeros(0, axis.entries)
+                    for axis in alike
+                ],
+                dim=1,
+            )
+            for which in (0, 1)
+        ]
+        fused = _fused(torch.cat([elements[axis.name] for axis in alike]), *sums, terms=terms, stability=stability)
+        scores |= dict(zip([axis.name for axis in alike], fused.split([axis.entries for axis in alike]), strict=True))
+    return scores
 
 
 def _watch(
@@ -87,7 +98,7 @@ def _watch(
 
 
 def _fused(elements: Tensor, signed: Tensor, absolute: Tensor, *, terms: str, stability: bool) -> Tensor:
-    """The scores of an axis from E (`elements`, [units]), a_n (`signed`) and e_n (`absolute`), both [own sequences, units]."""
+    """The scores of a kind from E (`elements`, [units]), a_n (`signed`) and e_n (`absolute`), both [own sequences, units]."""
     number = torch.tensor(float(len(signed)))
     first, second = signed.sum(dim=0), signed.square().sum(dim=0)
     spread = [torch.stack([values.sum(dim=0), values.square().sum(dim=0)]) for values in (signed.abs(), absolute)]

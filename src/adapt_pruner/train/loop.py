@@ -21,6 +21,7 @@ from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, of_all
+from adapt_pruner.train.objectives import BesideNll
 from adapt_pruner.train.pace import Pace
 
 __all__ = [
@@ -66,6 +67,7 @@ class TrainConfig:
 
     Attributes:
         objective: a function of `train.objectives`.
+        heard: where the objective's last call left the loss that the feed hears; None if the feed hears the objective.
         schedule: share of the run done → share of `lr`.
         lr: peak learning rate.
         batch_rows: rows of one optimiser step, of all processes together; the last of a stage may have fewer.
@@ -87,6 +89,7 @@ class TrainConfig:
     micro_tokens: int | None = None
     clip: float = 1.0
     max_rise: float = math.inf
+    heard: BesideNll | None = None
     dtype: str = "auto"
     seed: int = 0
     task: Task = CAUSAL_LM
@@ -302,8 +305,9 @@ def _accumulate(model: Any, batch: _Batch, how: TrainConfig, others: Sequence[Te
         for ids, predicted, domain in batch.parts:
             part = model.as_forward(objective, ids, predicted) if sharded else objective(model, ids, predicted)
             loss += part.detach().double().cpu()
+            heard = float(part.detach()) if how.heard is None else how.heard.nll
             where = of_domain[batch.domains.index(domain)]
-            where += torch.tensor([float(part.detach()), task.num_predicted([ids], predicted)], dtype=torch.float64)
+            where += torch.tensor([heard, task.num_predicted([ids], predicted)], dtype=torch.float64)
             with torch.autocast(device.type, enabled=False):
                 (part * scale).backward()
     for other in others if sharded else ():

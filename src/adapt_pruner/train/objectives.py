@@ -1,6 +1,7 @@
 """Losses that training minimises: (model, ids, predicted tokens) → the sum of a loss over the predicted tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +13,7 @@ from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["distil", "kl_of_logits", "lm", "named_loss"]
+__all__ = ["BesideNll", "distil", "kl_of_logits", "lm", "named_loss"]
 
 
 @part("objective")
@@ -76,6 +77,29 @@ def distil(
     if hidden > 0:
         total = total + hidden * _hidden_distance(student.hidden_states, taught.hidden_states, task, input_ids, predicted)
     return total
+
+
+@dataclass
+class BesideNll:
+    """An objective, called as it is, that also measures the task's own loss: what a feed hears while another loss is trained.
+
+    Each call makes one forward pass more, without gradients, under the same gates and masks.
+
+    Attributes:
+        objective: the function that is trained.
+        task: what the model learns.
+        nll: the sum of the task's loss in the last call, in nats.
+    """
+
+    objective: Callable[..., Tensor]
+    task: Task
+    nll: float = 0.0
+
+    def __call__(self, model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+        """The objective's value; `nll` is measured first."""
+        with torch.no_grad():
+            self.nll = float(self.task.loss(model, input_ids, predicted=predicted))
+        return self.objective(model, input_ids, predicted)
 
 
 def named_loss(objective: Callable[..., Tensor], options: Mapping[str, Any], *, teacher: str) -> str | None:

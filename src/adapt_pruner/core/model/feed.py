@@ -52,7 +52,7 @@ class Feed(Protocol):
         """The next rows."""
 
     def tell(self, losses: Mapping[str, tuple[float, float]]) -> None:
-        """Hear the losses of a step: SPEC of a text -> (sum over its predicted tokens in nats, their number)."""
+        """Hear the task's own loss, whatever is trained: SPEC of a text -> (sum over its predicted tokens in nats, their number)."""
 
     def news(self) -> Sequence[Event]:
         """Events that say how the feed has changed since this was last asked, in their order; the run tells them."""

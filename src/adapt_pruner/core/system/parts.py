@@ -12,7 +12,7 @@ CHOICE = frozenset({
 
 NEEDS = frozenset({
     "distance", "layers", "whole", "biases", "teacher", "text", "inputs", "chosen", "sparsity", "gram", "dense", "training",
-    "one stage", "all its time",
+    "one stage", "all its time", "structures",
 })  # fmt: skip
 """What a part may need; `part` says what each means."""
 
@@ -35,6 +35,7 @@ def part(
             distance   scores of whole layers, so the recipe names a distance (choosers)
             layers     every axis that may shrink lies in a layer (choosers)
             whole      an axis of whole layers, attentions or MLPs (choosers that drop these)
+            structures a step that counts heads and channels, not their parameters (choosers)
             biases     a bias on each linear layer at a gate; those added count as parameters (repairs)
             teacher    a second model, handed in as `teacher` (objectives)
             text       calibration text (metrics, reductions)

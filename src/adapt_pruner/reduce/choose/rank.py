@@ -10,7 +10,7 @@ in parameters, so a KV head weighs what it really costs. Of `Debt` these chooser
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.choose.allocate import GOLDEN, Debt
 
-__all__ = ["per_parameter", "standardised"]
+__all__ = ["per_parameter", "per_structure", "standardised"]
 
 _FRONT = 1e6  # beyond any standardised score
 
@@ -37,7 +37,6 @@ def per_parameter(
     step: float,
     floor: float = 0.0,
     level: float = 0.0,
-    apart: bool = False,
 ) -> tuple[dict[str, int], Debt]:
     """Rank the units of all axes together by score per parameter and remove the lowest.
 
@@ -56,8 +55,6 @@ def per_parameter(
         debt: the sizes at the start; `Debt.none(axes)` at first.
         step: share of all prunable parameters at the start that goes in an iteration; 1 prunes in one shot.
         floor: share of its size at the start that every axis keeps at least, in [0, 1]; one unit in any case.
-        apart: divide the worth of a unit by the mean over all units of its kind. Heads and neurons, whose scores may differ in
-            magnitude, then rank by how they compare with their own kind (GISP's normalisation of attention and MLP).
         level: how far the axes of a kind are levelled, in [0, 1]. Values above 0 need scores that are not negative.
 
     Returns:
@@ -79,12 +76,6 @@ def per_parameter(
         * (axis.groups / axis.cost * factors[axis.name])
         for axis in axes
     }
-    if apart:
-        means = {}
-        for kind in {axis.kind for axis in axes}:
-            values = [scores[axis.name].double() * (axis.groups / axis.cost) for axis in axes if axis.kind == kind]
-            means[kind] = float(torch.cat(values).abs().mean()) or 1.0
-        worth = {axis.name: worth[axis.name] / means[axis.kind] for axis in axes}
     return _sizes(axes, worth, budget, debt=debt, step=step), debt
 
 
@@ -104,6 +95,60 @@ def _levelling(scores: Scores, axes: Sequence[Axis], level: float) -> dict[str, 
     return {axis.name: math.exp(level * (sum(of_kind[axis.kind]) / len(of_kind[axis.kind]) - logs[axis.name])) for axis in axes}
 
 
+@part("chooser", needs={"layers", "structures"})
+def per_structure(
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    first: Annotated[float, "0 to 1"] = 0.1,
+    last: Annotated[int, "0 or more"] = 1,
+) -> tuple[dict[str, int], Debt]:
+    """Rank heads and channels of all layers together by score over the size that GISP gives them, and remove the lowest.
+
+        worth[head] = score / (4 · head_dim · hidden)         worth[channel] = score / (3 · channels of its layer at the start)
+
+    With 2 in place of 3 in an MLP without a gate. The size of a head is that of one with its own keys and values, whatever its
+    group shares; the size of a channel is not the number of its weights, which would be 3 · hidden.
+
+    Args:
+        scores: of every axis, float32 [entries]; comparable across axes.
+        axes: the axes that may shrink, all in layers.
+        budget: parameters to keep.
+        debt: the sizes at the start; `Debt.none(axes)` at first.
+        step: share of all structures at the start that goes in an iteration; a query head counts as one, and so does a channel.
+        first: share of the layers that stays whole at the input, rounded down to whole layers.
+        last: number of layers that stay whole at the output.
+
+    Returns:
+        Units each axis keeps, and the debt as it was. The model ends at the budget, or below it by less than one channel as long
+        as there are such.
+
+    Source: GISP, arXiv:2510.18030, and its released code. Differs: theirs masks single query heads; here a unit of `query_heads`
+    is one head of every KV group, worth the mean of its heads, since attention kernels want groups of equal size. The last step
+    ends at the budget.
+    """
+    depth = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0)
+    middle = range(int(depth * first + 1e-9), depth - last)
+    worth = {}
+    for axis in axes:
+        may_go = axis.size - 1 if axis.layer in middle else 0
+        ranked = _lowest_first(axis, scores[axis.name])[:may_go]
+        worth[axis.name] = ranked / _structure_size(axis, debt.start[axis.name])
+    return _sizes(axes, worth, budget, debt=debt, step=step, structures=True), debt
+
+
+def _structure_size(axis: Axis, start: int) -> float:
+    """What GISP divides the score of a head or a channel by; the weights of a head are counted without biases."""
+    matrices = [piece for piece in axis.slices if not piece.parameter.endswith(".bias")]
+    if axis.kind not in HEADS:
+        return len(matrices) * start
+    biases = sum(piece.width for piece in axis.slices) - sum(piece.width for piece in matrices)
+    return 4 * (axis.cost / axis.groups - biases) / len(matrices)
+
+
 @part("chooser")
 def standardised(
     scores: Scores,
@@ -114,9 +159,9 @@ def standardised(
     step: float,
     structure: Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"] = "AL-AM",
     heads: float | None = None,
-    by: Literal["unit", "feature"] = "unit",
+    by: Literal["unit", "kind", "feature"] = "unit",
 ) -> tuple[dict[str, int], Debt]:
-    """Bring the scores of each axis to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
+    """Bring the scores of each axis, or kind, to mean 0 and deviation 1, then apply one threshold to all axes (FLAP).
 
     z[u] = (score[u] - mean of its axis) / (standard deviation of its axis, over n - 1); 0 where an axis's scores are alike.
 
@@ -134,7 +179,9 @@ def standardised(
         structure: AL-AM, AL-MM, UL-MM or UL-UM.
         heads: share of the heads at the start that goes under AL-MM and UL-MM, rounded down; fewer if the budget does not pay
             for all of them.
-        by: `unit` standardises the scores. `feature` takes them as they are, from a metric that has standardised the features of
+        by: `unit` standardises the scores of each axis. `kind` standardises those of all axes of a kind together; that needs scores
+            that compare across layers, and suits axes of a few heads, whose lowest z is far below 0 whatever they are worth.
+            `feature` takes them as they are, from a metric that has standardised the features of
             an axis and gives a unit their mean (`activations.fluctuation(standardised=true)`), as FLAP does.
 
     Returns:
@@ -151,7 +198,11 @@ def standardised(
     """
     _check_heads(structure, heads)
     worth = {axis.name: _lowest_first(axis, scores[axis.name]) for axis in axes}
-    worth = {name: (_standardised(values) if by == "unit" else values)[:-1] for name, values in worth.items()}
+    if by == "unit":
+        worth = {name: _standardised(values) for name, values in worth.items()}
+    elif by == "kind":
+        worth = _standardised_by_kind(axes, worth)
+    worth = {name: values[:-1] for name, values in worth.items()}
     if structure.startswith("UL"):
         starts = {axis.name: debt.start[axis.name] for axis in axes}  # by the share that is gone, all axes lose the same share
         gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name]) for axis in axes}
@@ -198,6 +249,15 @@ def _standardised(values: Tensor) -> Tensor:
     return torch.zeros_like(values) if deviation <= 1e-9 * values.abs().max() else centred / deviation
 
 
+def _standardised_by_kind(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for kind in {axis.kind: None for axis in axes}:
+        alike = [axis for axis in axes if axis.kind == kind]
+        together = _standardised(torch.cat([worth[axis.name] for axis in alike]))
+        found |= dict(zip([axis.name for axis in alike], together.split([axis.size for axis in alike]), strict=True))
+    return found
+
+
 def _line(axes: Sequence[Axis], worth: Mapping[str, Tensor]) -> list[Axis]:
     """The axis of each unit, lowest worth first; units of equal worth are spread over the depth of the model."""
     spread = sorted(axes, key=lambda axis: (axis.layer or 0) * GOLDEN % 1)
@@ -212,29 +272,34 @@ def _count(axes: Sequence[Axis], losing: Sequence[Axis]) -> dict[str, int]:
     return {axis.name: times[axis.name] for axis in axes}
 
 
-def _sizes(axes: Sequence[Axis], worth: Mapping[str, Tensor], budget: Budget, *, debt: Debt, step: float) -> dict[str, int]:
+def _sizes(
+    axes: Sequence[Axis], worth: Mapping[str, Tensor], budget: Budget, *, debt: Debt, step: float, structures: bool = False
+) -> dict[str, int]:
     """Sizes after units are removed from the front of the line, until the budget is met or a step is done.
+
+    A step is a share of the parameters at the start, or of the entries if `structures`.
 
     An expensive unit that would remove more than the budget asks for is passed over. If the cheap units do not suffice, such
     units go after all, and the cheap units of highest worth are given back.
     """
     cheapest = min(axis.cost for axis in axes)
-    goal = min(budget.excess, step * sum(debt.start[axis.name] * axis.cost for axis in axes))
+    counts = {axis.name: axis.groups if structures else axis.cost for axis in axes}
+    goal = step * sum(debt.start[axis.name] * counts[axis.name] for axis in axes)
     losing: list[Axis] = []
     passed_over: list[Axis] = []
-    removed = 0
+    removed = done = 0
     for axis in _line(axes, worth):
-        if removed >= goal:
+        if removed >= budget.excess or done >= goal:
             break
         if axis.cost > cheapest and removed + axis.cost > budget.excess:
             passed_over.append(axis)
         else:
             losing.append(axis)
-            removed += axis.cost
+            removed, done = removed + axis.cost, done + counts[axis.name]
     for axis in passed_over:
-        if removed < goal:
+        if removed < budget.excess and done < goal:
             losing.append(axis)
-            removed += axis.cost
+            removed, done = removed + axis.cost, done + counts[axis.name]
     lost = _count(axes, losing)
     for axis in reversed(losing):
         if axis.cost == cheapest and removed - cheapest >= budget.excess:
