@@ -77,6 +77,26 @@ def test_amplitude_zero_is_uniform() -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("keep", [2_000_000, 1_200_000, 400_000])
+def test_heads_of_uniform_wait_as_those_of_adaptive_do(keep: int) -> None:
+    """So what adaptive gains over the first layer whole is due to its shares, and not to when heads go."""
+    axes = toy_axes((30_000, 60_000, 90_000), (300, 300, 300))
+    budget, ends = Budget(keep=keep, total=size_of(axes)), {}
+    for name, first in (("whole", 1), ("shared", 0)):
+        debt = Debt.none(axes)
+        paying = [axis for axis in axes if axis.layer != 0] if first else axes
+        alike = adaptive(
+            toy_scores(axes, [0.0] * 3), paying, budget, debt=Debt.none(paying), step=1, amplitude=0, heads_after=0.5
+        )[0]
+        sizes, _ = uniform({}, axes, budget, debt=debt, step=1, first=first, heads_after=0.5)
+        assert sizes == {axis.name: axis.size for axis in axes} | alike
+        ends[name] = sizes
+    assert ends["whole"]["layers.0.neurons"] == 30_000
+    assert ends["shared"]["layers.0.neurons"] < 30_000
+    lost = 1 - ends["shared"]["layers.2.neurons"] / 90_000
+    assert (ends["shared"]["layers.2.kv_heads"] < 300) == (lost > 0.51)
+
+
 def test_a_head_goes_once_a_whole_one_is_owed() -> None:
     """With 3 heads and steps of 0.02 the first goes at step 17 (0.34 ≥ 1/3): the debt is carried until then."""
     axes = toy_axes((1000,), (3,))
@@ -109,16 +129,11 @@ def test_heads_that_are_spared_begin_when_a_share_of_the_neurons_is_gone(heads_a
 @pytest.mark.parametrize("value", [1, -0.1, True, float("nan")])
 def test_a_share_that_is_none_is_refused(value: Any) -> None:
     axes = toy_axes((100,), (3,))
-    with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.adaptive is not a share"):
-        adaptive(
-            toy_scores(axes, [0.0]),
-            axes,
-            Budget(0, size_of(axes)),
-            debt=Debt.none(axes),
-            step=0.1,
-            amplitude=0,
-            heads_after=value,
-        )
+    for chooser, more in ((adaptive, {"amplitude": 0}), (uniform, {})):
+        with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.{chooser.__name__} is not a share"):
+            chooser(
+                toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=Debt.none(axes), step=0.1, heads_after=value, **more
+            )
 
 
 def test_a_debt_reset_each_stage_never_takes_a_head() -> None:

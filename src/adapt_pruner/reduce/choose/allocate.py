@@ -98,10 +98,7 @@ def adaptive(
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
     of the budget instead of one iteration past it; a negative increment never restores units; `heads_after` is ours.
     """
-    if not 0 <= heads_after < 1:
-        raise UsageError(
-            f"option heads_after={heads_after} of allocate.adaptive is not a share; write 0 or more, and less than 1"
-        )
+    _check_heads_after(heads_after, "adaptive")
     importance = layer_importance(scores["layers"])
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
     return advance(axes, budget, debt, increments, heads_after=heads_after)
@@ -117,6 +114,7 @@ def uniform(
     step: float,
     first: Annotated[int, "0 or more"] = 0,
     last: Annotated[int, "0 or more"] = 0,
+    heads_after: float = 0.0,
 ) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
 
@@ -130,16 +128,26 @@ def uniform(
         step: share of an axis's start size removed per iteration; 1 prunes in one shot.
         first: number of layers left whole at the input (4 of 32 in LLM-Pruner's scripts).
         last: number of layers left whole at the output (2 of 32).
+        heads_after: share of the neurons that is removed before the first head, as in `adaptive`.
 
     Returns:
         Units each axis keeps, and the debt after it.
 
+    Raises:
+        UsageError: `heads_after` is not in [0, 1).
+
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
+    _check_heads_after(heads_after, "uniform")
     end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
     paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
-    paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying})
+    paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying}, heads_after=heads_after)
     return {axis.name: axis.size for axis in axes} | paid, debt
+
+
+def _check_heads_after(share: float, chooser: str) -> None:
+    if not 0 <= share < 1:
+        raise UsageError(f"option heads_after={share} of allocate.{chooser} is not a share; write 0 or more, and less than 1")
 
 
 def _layer(axis: Axis) -> int:
