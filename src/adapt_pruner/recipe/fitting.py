@@ -52,6 +52,12 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_chosen(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
+    shards = recipe.training.shards
+    if not isinstance(shards, str) and len(shards) != recipe.stages:
+        raise ValueError(
+            f"training.shards [{', '.join(f'{share:g}' for share in shards)}] has {len(shards)} shares and stages is {recipe.stages}; give one for each stage, or write "
+            "last=0.8 for the share of the last"
+        )
     if recipe.vocabulary is not None and recipe.calibration.ids is not None:
         raise ValueError(
             "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "

@@ -30,7 +30,6 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "make_optimizer",
-    "stage_tokens",
     "steps",
     "whole_batches",
 ]
@@ -140,23 +139,6 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: t
     others = [parameter for parameter in trained if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
-
-
-def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
-    """Tokens of each of T stages k: `linear` 2k / (T(T+1)) of the total, `constant` 1 / T, `cosine` steps of 1 - cos(kπ / 2T).
-
-    The last stage takes what rounding leaves.
-
-    Source: Adapt-Pruner, arXiv:2502.03460, the released `seperate_strategy`.
-    """
-    t = stages
-    shares: dict[str, Callable[[int], float]] = {
-        "linear": lambda k: 2 * k / (t * (t + 1)),
-        "constant": lambda k: 1 / t,
-        "cosine": lambda k: math.cos((k - 1) * math.pi / (2 * t)) - math.cos(k * math.pi / (2 * t)),
-    }
-    tokens = [int(total * shares[shards](k)) for k in range(1, t + 1)]
-    return tokens[:-1] + [total - sum(tokens[:-1])]
 
 
 def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
