@@ -69,11 +69,6 @@ def check_fitting(recipe: "Recipe") -> None:
 
 def _check_minutes(recipe: "Recipe") -> None:
     """Refuse a deadline that the run could not keep."""
-    if recipe.stages > 1:
-        raise ValueError(
-            f"minutes {recipe.minutes:g} needs a run of one stage, and stages is {recipe.stages}; set stages to 1, or leave "
-            "minutes out"
-        )
     if "training" in parts.needs("reduce", recipe.reduce):
         raise ValueError(
             f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "

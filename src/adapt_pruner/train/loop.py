@@ -76,6 +76,7 @@ class TrainConfig:
         task: what the model learns; it says how many predictions of a batch count.
         seconds_left: how many seconds training may still take; None for no deadline. With a deadline training may end early, and
             the learning-rate curve with it: the share of the run done is then a share of the tokens that fit.
+        stage_seconds_left: how many of these are left to the stage that trains now; None for all.
         expected: tokens of the whole run that should fit, as long as the pace is not known; infinite if nobody can say.
     """
 
@@ -90,6 +91,7 @@ class TrainConfig:
     seed: int = 0
     task: Task = CAUSAL_LM
     seconds_left: Callable[[], float] | None = None
+    stage_seconds_left: Callable[[], float] | None = None
     expected: float = math.inf
 
 
@@ -183,7 +185,7 @@ def steps(
     device = next(model.parameters()).device
     was_training, random_state = model.training, torch.get_rng_state()
     model.train()
-    pace = Pace(how.seconds_left, expected=how.expected)
+    pace = Pace(how.seconds_left, of_stage=how.stage_seconds_left, expected=how.expected)
     try:
         while progress.rows < until and not pace.is_up():
             reach = pace.reach(progress.tokens)
