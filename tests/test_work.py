@@ -122,6 +122,7 @@ def test_parts_say_what_they_need() -> None:
     assert parts.names("reduce") == [
         "between_steps",
         "hard_concrete",
+        "masks",
         "policy_gradient",
         "search",
         "slice",

@@ -405,9 +405,9 @@ class Work:
 
     @property
     def step(self) -> float:
-        """The recipe's `step`; 1 once half of its `minutes` are over, so that one cut removes all that still has to go."""
+        """The recipe's `step`; 1 once half of its `minutes` are over, training aside: then one cut takes all of a stage."""
         minutes = self.recipe.minutes
-        if minutes is None or not world.agreed(self.elapsed > _FOR_CUTS * 60 * minutes):
+        if minutes is None or not world.agreed(self.elapsed - self.state.spent["train"] > _FOR_CUTS * 60 * minutes):
             return self.recipe.step
         if self.recipe.step < 1:
             self.warn_of_stage(

@@ -50,6 +50,12 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_chosen(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
+    shards = recipe.training.shards
+    if not isinstance(shards, str) and len(shards) != recipe.stages:
+        raise ValueError(
+            f"training.shards [{', '.join(f'{share:g}' for share in shards)}] has {len(shards)} shares and stages is {recipe.stages}; give one for each stage, or write "
+            "last=0.8 for the share of the last"
+        )
     if recipe.vocabulary is not None and recipe.calibration.ids is not None:
         raise ValueError(
             "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
@@ -61,11 +67,6 @@ def check_fitting(recipe: "Recipe") -> None:
 
 def _check_minutes(recipe: "Recipe") -> None:
     """Refuse a deadline that the run could not keep."""
-    if recipe.stages > 1:
-        raise ValueError(
-            f"minutes {recipe.minutes:g} needs a run of one stage, and stages is {recipe.stages}; set stages to 1, or leave "
-            "minutes out"
-        )
     if "training" in parts.needs("reduce", recipe.reduce):
         raise ValueError(
             f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "

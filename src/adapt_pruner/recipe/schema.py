@@ -26,6 +26,7 @@ from adapt_pruner.core.events import DEFAULT_TEXT
 from adapt_pruner.core.model.budget import check_written, parse_count
 from adapt_pruner.core.model.kinds import USUAL, Prunable
 from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.shards import Shards, checked_shards
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -190,7 +191,11 @@ class Training(_Frozen):
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
     objective: _part("objective") = Field("objectives.lm", description="loss to minimise")  # type: ignore[valid-type]
     feed: _part("feed") = Field("fixed", description="what decides which rows of the text come next")  # type: ignore[valid-type]
-    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how the tokens are divided among the stages")
+    shards: Annotated[Shards, BeforeValidator(checked_shards)] = Field(
+        "linear",
+        description="how the tokens are divided among the stages: linear, constant, cosine, last=0.8 for the share of the last stage, or a "
+        "list with a share for each",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the learning rate rises")
     decay: float = Field(0.10, gt=0, lt=1, description="share of the run in which the learning rate falls (wsd)")
     floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")

@@ -24,6 +24,7 @@ from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.model.feed import Feed
 from adapt_pruner.core.model.kinds import BLOCKS, OF_THE_MODEL
 from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.model.shards import stage_tokens
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.provenance import to_install
@@ -46,7 +47,7 @@ from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.run.plan import check_memory, free_bytes, too_large
 from adapt_pruner.run.teacher import teacher_of
-from adapt_pruner.train.loop import stage_tokens, whole_batches
+from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
 __all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
