@@ -28,7 +28,8 @@ __all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_
 
 def all_families() -> list[ModuleType]:
     """Every family file, sorted by name."""
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return [module for module in modules if hasattr(module, "MODEL_TYPES")]
 
 
 def model_types() -> list[str]:
