@@ -53,6 +53,7 @@ _NORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str
     ((), ("post_attention_layernorm",), (), ("post_feedforward_layernorm",)),
 )
 _EVERY_NORM = {norm for blocks in _NORMS for norms in blocks for norm in norms}
+_ATTENTIONS = ("self_attn", "linear_attn")
 _MLPS = ("mlp", "feed_forward")
 _OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")
 """Linear layers that write to the stream."""
@@ -82,34 +83,57 @@ def heads(model: Any, index: int, layer: nn.Module) -> list[Axis]:
     if attention is None:
         return []
     at, head_dim, output = f"model.layers.{index}.self_attn", attention.head_dim, _output(attention)
-    num_kv_heads = attention.k_proj.weight.shape[0] // head_dim
-    group = attention.q_proj.weight.shape[0] // attention.k_proj.weight.shape[0]
-    enclosing = (f"layers.{index}.attentions",)
+    queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
+    num_kv_heads, group = keys // head_dim, getattr(attention, "num_key_value_groups", queries // keys)
+    of_group = {name: tensor.shape[0] // num_kv_heads for name, tensor in _of_query_heads(attention).items()}
+    of_kv_head = {name: tensor.shape[0] // num_kv_heads for name, tensor in _linear(attention, "k_proj", "v_proj").items()}
+    written = attention.get_submodule(output).weight.shape[1] // num_kv_heads
+    kv_heads = [
+        *(Slice(f"{at}.{name}", 0, width) for name, width in (of_group | of_kv_head).items()),
+        Slice(f"{at}.{output}.weight", 1, written),
+    ]
+    query_heads = [
+        *(Slice(f"{at}.{name}", 0, width // group) for name, width in of_group.items()),
+        Slice(f"{at}.{output}.weight", 1, written // group),
+    ]
+    attentions = f"layers.{index}.attentions"
     return [
-        _axis(
+        Axis(
             f"layers.{index}.kv_heads",
             num_kv_heads,
-            model,
-            gate=Gate(f"{at}.{output}", group * head_dim),
-            rows=((f"{at}.q_proj", group * head_dim), (f"{at}.k_proj", head_dim), (f"{at}.v_proj", head_dim)),
+            unit_cost(model, kv_heads),
+            Gate(f"{at}.{output}", written),
+            tuple(kv_heads),
             fields=(("num_key_value_heads", 1),),
             attributes=_those_of(attention, at, "num_key_value_heads"),
             pins=(("head_dim", head_dim),),
-            enclosing=enclosing,
+            enclosing=(attentions,),
         ),
-        _axis(
+        Axis(
             f"layers.{index}.query_heads",
             group,
-            model,
-            gate=Gate(f"{at}.{output}", head_dim),
-            rows=((f"{at}.q_proj", head_dim),),
+            num_kv_heads * unit_cost(model, query_heads),
+            Gate(f"{at}.{output}", written // group),
+            tuple(query_heads),
             fields=(("num_attention_heads", 1),),
             attributes=_those_of(attention, at, "num_key_value_groups"),
             pins=(("head_dim", head_dim),),
             groups=num_kv_heads,
-            enclosing=(f"layers.{index}.kv_heads", *enclosing),
+            enclosing=(f"layers.{index}.kv_heads", attentions),
         ),
     ]
+
+
+def _of_query_heads(attention: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of an attention whose rows belong to query heads: q_proj, gates of its output, a sink for each head."""
+    sinks = {name: parameter for name, parameter in attention.named_parameters(recurse=False) if name == "sinks"}
+    return _linear(attention, "q_proj", "gate_proj", "g_proj") | sinks
+
+
+def _linear(block: nn.Module, *names: str) -> dict[str, nn.Parameter]:
+    """The weights and biases of those of the linear layers that a block has, by their names in it."""
+    children = [(name, block.get_submodule(name)) for name in names if hasattr(block, name)]
+    return {f"{name}.{leaf}": parameter for name, child in children for leaf, parameter in child.named_parameters()}
 
 
 def neurons(model: Any, index: int, layer: nn.Module) -> list[Axis]:
@@ -213,23 +237,6 @@ def vocabulary(model: Any) -> Axis:
     )
 
 
-def _axis(
-    name: str,
-    size: int,
-    model: Any,
-    *,
-    gate: Gate,
-    rows: tuple[tuple[str, int], ...],
-    groups: int = 1,
-    **stated: Any,
-) -> Axis:
-    """An axis that owns rows of some linear layers (with their biases) and columns of the one at the gate."""
-    slices = [Slice(name, 0, width) for module, width in rows for name in _parameters(model, module)]
-    slices.append(Slice(f"{gate.module}.weight", 1, gate.width))
-    cost = groups * unit_cost(model, slices)
-    return Axis(name=name, size=size, cost=cost, gate=gate, slices=tuple(slices), groups=groups, **stated)
-
-
 def _parameters(model: Any, linear: str) -> list[str]:
     """Weight, and bias if there is one, of a linear layer."""
     return [f"{linear}.weight"] + ([f"{linear}.bias"] if model.get_submodule(linear).bias is not None else [])
@@ -253,8 +260,9 @@ def _mlp(layer: nn.Module) -> tuple[str, Any]:
 
 
 def _others(block: nn.Module) -> list[str]:
-    """The modules with parameters in a block that are no linear layers: experts, norms over neurons."""
-    return [name for name, child in block.named_children() if is_there(child) and not isinstance(child, nn.Linear)]
+    """The modules with vectors or matrices in a block that are no linear layers: experts, norms over neurons."""
+    children = [(name, child) for name, child in block.named_children() if not isinstance(child, nn.Linear)]
+    return [name for name, child in children if any(parameter.numel() > 1 for parameter in child.parameters())]
 
 
 def _inputs(block: nn.Module) -> list[str]:
@@ -301,13 +309,13 @@ def residual(model: Any) -> list[Axis]:
         names = [norm for norms_of_block in _norms(layer) for norm in norms_of_block]
         norms += [f"{at}.{norm}" for norm in names if is_there(getattr(layer, norm))]
         of_layers += _those_of(layer, at, "hidden_size")
-        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, "self_attn", *_MLPS)):
+        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *_ATTENTIONS, *_MLPS)):
             return []
-        for name in ("self_attn", *_MLPS):
+        for name in (*_ATTENTIONS, *_MLPS):
             block = getattr(layer, name, None)
             if block is None or not is_there(block):
                 continue
-            if not _output(block) or set(_others(block)) - {"q_norm", "k_norm"}:
+            if not _output(block):
                 return []
             columns += [f"{at}.{name}.{linear}.weight" for linear in _inputs(block)]
             rows += _parameters(model, f"{at}.{name}.{_output(block)}")
