@@ -12,7 +12,7 @@ import torch
 
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.data.store import cache_folder
+from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.errors import RunError
 
 __all__ = ["alone", "dequantised_folder", "keep", "models_folder"]

@@ -10,10 +10,15 @@ hides a mistake. While the tiny model runs, casts to float32 give float64, so th
 """
 
 import copy
+import hashlib
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +28,8 @@ from torch.overrides import TorchFunctionMode
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_left
+from adapt_pruner.core.system.files import cache_folder, write_whole
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.families import convention
 
 __all__ = ["Verdict", "shrunk", "tiny_model", "verdict_of"]
@@ -32,7 +39,7 @@ SEEDS = (1, 2)
 MOST_PARAMETERS = 4_000_000
 TOKENS = 24  # of each text, so that windows, which shrink to 8, matter
 _SIZES = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "max_position_embeddings": 128,
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 128,
     "original_max_position_embeddings": 64, "sliding_window": 8, "attention_chunk_size": 8, "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 24, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
     "n_group": 2, "topk_group": 1, "moe_num_experts": 8, "moe_k": 2, "moe_topk": 2, "num_experts_per_token": 2,
@@ -43,6 +50,7 @@ _SIZES = {
     "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
 }  # fmt: skip
 """Fields of configs -> what they are in the tiny model; each only if the config has it and it is not 0."""
+_VERDICTS: dict[str, "Verdict"] = {}  # of this process, by fingerprint
 _LEAST_LAYERS, _MOST_LAYERS = 3, 8
 _KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
 
@@ -76,21 +84,18 @@ class _Wide(TorchFunctionMode):
 
 
 def shrunk(config: Any) -> Any:
-    """The config of a tiny model of the same class.
+    """The config of a tiny model of the same class. It is the same for every size of a model, and after a cut.
 
     Args:
-        config: of a causal LM of transformers; left as it is.
+        config: of a causal LM of transformers, or of a model of several parts, of which this takes the text part; left as it is.
     """
+    config = config.get_text_config(decoder=True)
     raw = json.loads(config.to_json_string(use_diff=False))
     raw = {
         key: value for key, value in raw.items() if key not in ("per_layer_config", "quantization_config", "torch_dtype", "dtype")
     }
-    heads, kv_heads = raw.get("num_attention_heads") or 1, raw.get("num_key_value_heads")
-    usual = not raw.get("head_dim") or raw["head_dim"] * heads == raw.get("hidden_size")
-    few = {1: 1, heads: 6}.get(kv_heads or heads, 3)
-    sizes = {**_SIZES, "num_attention_heads": 6, "num_key_value_heads": few, "head_dim": 8 if usual else 16}
     depth = _depth(raw)
-    tiny = {**raw, **{key: value for key, value in sizes.items() if raw.get(key)}, "num_hidden_layers": depth}
+    tiny = {**raw, **{key: value for key, value in _SIZES.items() if raw.get(key)}, "num_hidden_layers": depth}
     for key, value in raw.items():
         if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and "layer" in key:
             tiny[key] = value[:depth]
@@ -109,13 +114,12 @@ def _depth(raw: dict[str, Any]) -> int:
     return min(total, max(_LEAST_LAYERS, least), _MOST_LAYERS)
 
 
-def tiny_model(config: Any, seed: int = 0) -> Any:
-    """A tiny model of the class of `config`, in float64, with random parameters and persistent buffers."""
+def tiny_model(tiny: Any, seed: int = 0) -> Any:
+    """A model of a config that `shrunk` made, in float64, with random parameters and persistent buffers."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tiny = shrunk(config)
         with torch.device("meta"):
             count = count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(tiny)))
         if count > MOST_PARAMETERS:
@@ -133,9 +137,36 @@ def tiny_model(config: Any, seed: int = 0) -> Any:
 
 
 def verdict_of(config: Any) -> Verdict:
-    """Which kinds of axes may shrink in models of a config's type; takes seconds."""
+    """Which kinds of axes may shrink in models of a config's type. Takes about a second; the cache folder keeps what was found."""
     try:
-        model = tiny_model(config)
+        tiny = shrunk(config)
+    except Exception as error:  # the config class of any type may refuse in any way
+        return Verdict(refused={"all": _first_line(error)})
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convention, sys.modules[__name__]))
+    about = json.dumps([version("transformers"), version("torch"), tiny.to_dict()], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(code + about.encode()).hexdigest()[:32]
+    if fingerprint not in _VERDICTS:
+        _VERDICTS[fingerprint] = _kept(fingerprint, tiny)
+    return _VERDICTS[fingerprint]
+
+
+def _kept(fingerprint: str, tiny: Any) -> Verdict:
+    """The verdict with this fingerprint: from the cache folder, or tried now and kept there where that can be written."""
+    path = cache_folder() / "families" / f"{fingerprint}.json"
+    try:
+        kept = read_json(path)
+        return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        verdict = _tried(tiny)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"type": tiny.model_type, "admitted": verdict.admitted, "refused": verdict.refused}))
+    return verdict
+
+
+def _tried(tiny: Any) -> Verdict:
+    try:
+        model = tiny_model(tiny)
         ids = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3))
         with torch.no_grad(), _Wide():
             dense = model(ids).logits
@@ -143,7 +174,8 @@ def verdict_of(config: Any) -> Verdict:
     except Exception as error:  # stock code of any type may fail in any way on a tiny model
         return Verdict(refused={"all": _first_line(error)})
     kinds = [kind for kind in _KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
-    refused = {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
+    refused = {kind: "its modules are of another kind" for kind in _KINDS if all(axis.kind != kind for axis in axes)}
+    refused |= {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
     admitted = [kind for kind in kinds if kind not in refused]
     if why := _why_not(model, axes, admitted, ids, dense):
         return Verdict(refused={**refused, "all": f"together: {why}"})

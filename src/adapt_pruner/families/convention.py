@@ -34,9 +34,8 @@ from torch import nn
 
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
-from adapt_pruner.families import is_sliced
 
-__all__ = ["axes", "heads", "is_there", "neurons", "residual", "vocabulary", "whole_blocks", "whole_layers"]
+__all__ = ["axes", "heads", "is_sliced", "is_there", "neurons", "residual", "vocabulary", "whole_blocks", "whole_layers"]
 
 _NORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
     # of the attention: before, after; of the MLP: before, after
@@ -75,6 +74,11 @@ def axes(model: Any) -> tuple[Axis, ...]:
     ]
     whole = () if is_sliced(model.config) else (*whole_blocks(model), *residual(model))
     return (*inside, *whole, vocabulary(model), whole_layers(model))
+
+
+def is_sliced(config: Any) -> bool:
+    """Whether a model with this config is sliced (`reduce.slice`): its stream changes its basis at every block."""
+    return getattr(config, "sliced_hidden_size", None) is not None
 
 
 def heads(model: Any, index: int, layer: nn.Module) -> list[Axis]:
