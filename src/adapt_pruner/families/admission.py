@@ -23,11 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_left
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.files import cache_folder, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.families import convention
@@ -170,6 +172,12 @@ def _tried(tiny: Any) -> Verdict:
         ids = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3))
         with torch.no_grad(), _Wide():
             dense = model(ids).logits
+            loss = CAUSAL_LM.loss(model, ids)
+        targets = ids[:, 1:].flatten()
+        if not abs(loss - cross_entropy(dense[:, :-1].flatten(0, 1), targets, reduction="sum")) <= GAP * targets.numel():
+            return Verdict(
+                refused={"all": "its logits are not those of its head, scaled or capped by a known field of its config"}
+            )
         axes = convention.axes(model)
     except Exception as error:  # stock code of any type may fail in any way on a tiny model
         return Verdict(refused={"all": _first_line(error)})

@@ -3,7 +3,7 @@
 Two of the norms follow the attention and the MLP. Their input lacks the output of a shut unit just as it lacks that of a removed
 one. Both norms are removed with a whole block. Local and global layers alternate, each kind with its own rope; `layer_types`
 follows a cut of layers. q_norm and k_norm act inside a head. Attention scores are scaled by `query_pre_attn_scalar`, which no cut
-changes. Logits are capped if `final_logit_softcapping` is set (`core.model.loss.logit_cap`). The 270M and 1B models have one KV head,
+changes. Logits are capped if `final_logit_softcapping` is set (`core.model.loss.logit_map`). The 270M and 1B models have one KV head,
 which cannot be removed.
 
 Source: arXiv:2503.19786; the stock code of transformers, which reads `attn_logit_softcapping` but does not apply it.
