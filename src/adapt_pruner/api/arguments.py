@@ -298,10 +298,7 @@ def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.d
             f"model is a quantised {kind}, and only unquantised weights can be used; load the model it was made from"
         )
     if not (any_family or families.is_known(model.config)):
-        known = ", ".join(families.model_types())
-        raise UsageError(
-            f"model is a {kind} of type {model.config.model_type!r}, which belongs to no known family; known: {known}"
-        )
+        raise UsageError(f"model is a {kind} that cannot be pruned: {families.why_unknown(model.config)}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(f"model is a {kind} with weights on the device meta, which stores no values; load it on a real device")
     formats: list[torch.dtype] = [one.dtype for one in model.parameters() if one.is_floating_point()]

@@ -39,7 +39,7 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
             if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
                 raise UsageError(f"model {name!r} cannot be loaded: its config.json holds no JSON object; get the folder again")
             raw, _ = PreTrainedConfig.get_config_dict(folder)
-            if "model_type" in raw and stock_type(raw) in families.model_types():
+            if "model_type" in raw and stock_type(raw) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
                 raw["model_type"] = stock_type(raw)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
             plain = without_code(raw)
@@ -53,7 +53,9 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
                 options["trust_remote_code"] = False
                 return stock
             ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
-            if ours and raw.get("model_type") in families.model_types():  # its auto_map is only for tools without this library
+            if (
+                ours and raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            ):  # its auto_map is for tools without this library
                 options["trust_remote_code"] = False
                 return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -79,6 +81,8 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
             raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
         raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
     _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
+    if not (any_family or families.is_known(config)):
+        raise UsageError(f"{name} cannot be pruned: {families.why_unknown(config)}")
     return config
 
 
@@ -98,14 +102,15 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
         return
     named = raw.get("architectures") or []
     if model_type in causal:
-        is_causal = not named or causal[model_type] in named  # else an encoder, or a decoder saved without its head
+        stock = [str(architecture).removeprefix("Pruned").removeprefix("Sliced") for architecture in named]
+        is_causal = not named or causal[model_type] in stock  # else an encoder, or a decoder saved without its head
     else:
         is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
     if raw.get("is_encoder_decoder") or not is_causal:
         raise UsageError(
             f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(types)}"
         )
-    if any_family:
+    if any_family or model_type in causal:
         return
     raise UsageError(
         f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(types)} "

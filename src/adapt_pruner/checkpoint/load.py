@@ -33,11 +33,10 @@ from adapt_pruner.core.model.axes import Mask, in_layer
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import cast_weights
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.core.system.files import UNMERGED_FILE, expanded, folder_beside, remove, weight_bytes
+from adapt_pruner.core.system.files import UNMERGED_FILE, cache_folder, expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.system.memory import take_into_memory
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json
-from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
 __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]

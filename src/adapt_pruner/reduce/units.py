@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
@@ -55,7 +56,9 @@ class Units(Reduction):
         """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
         kinds = {axis.kind for axis in work.axes} | {kind_of(name) for name in work.state.began}
-        if missing := [kind for kind in recipe.axes if kind not in kinds]:
+        whole = families.left_whole(work.model.config)
+        missing = [kind for kind in recipe.axes if kind not in kinds and (kind not in whole or not kinds & set(recipe.axes))]
+        if missing:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
         if _is_periodic(work) and set(WHOLE) & set(recipe.axes) != {"layers"}:
             raise UsageError(

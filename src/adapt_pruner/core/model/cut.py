@@ -407,7 +407,7 @@ def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
 
 def _drop_block(model: nn.Module, axis: Axis) -> None:
     """Replace, in place, the attention or MLP of a layer by a module that adds nothing, and each of its norms by the identity."""
-    _, block, *_ = axis.modules
+    block = next(name for name in axis.modules if any(model.get_submodule(name).children()))  # a norm has no modules inside
     for name in axis.modules:
         stand_in = _Nothing(getattr(model.get_submodule(name), "layer_idx", None)) if name == block else nn.Identity()
         owner, _, leaf = name.rpartition(".")
