@@ -196,17 +196,17 @@ def _why_not(model: Any, axes: Sequence[Axis], kinds: Iterable[str], ids: Tensor
         mask = _random_mask(axes, set(kinds), seed, ids)
         if not mask.kept:
             continue
-        smaller, entering, said = copy.deepcopy(model), ids, slice(None)
-        if "vocabulary" in mask:
-            said = mask["vocabulary"]
-            entering = said.cumsum(0)[ids] - 1
+        smaller, entering = copy.deepcopy(model), ids
+        tokens = mask.of(next(axis for axis in axes if axis.kind == "vocabulary"))
+        if not tokens.all():
+            entering = tokens.cumsum(0)[ids] - 1
         try:
             with torch.no_grad(), _Wide():
                 with gated(model, axes, mask):
                     shut = model(ids).logits
                 left = num_left(model, axes, mask)
                 cut(smaller, axes, mask)
-                gap = float((smaller(entering).logits - shut[..., said]).abs().max())
+                gap = float((smaller(entering).logits - shut[..., tokens]).abs().max())
         except Exception as error:  # as above
             return _first_line(error)
         if not gap <= GAP:

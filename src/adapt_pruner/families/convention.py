@@ -26,7 +26,6 @@ file names, and in the contract tests for those that one names.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -304,7 +303,8 @@ def residual(model: Any) -> list[Axis]:
     embedding = model.model.embed_tokens
     if not (last and eps_of_config):
         return []
-    norms, rows, columns, inner, of_layers = [last], [], ["model.embed_tokens.weight"], [], []
+    of_layers: list[str] = []
+    norms, rows, columns, inner = [last], [], ["model.embed_tokens.weight"], []
     tied = model.lm_head.weight is embedding.weight
     if not tied:
         columns.append("lm_head.weight")
@@ -366,8 +366,7 @@ def _eps(norm: nn.Module) -> str:
     return next((name for name in _EPS if hasattr(norm, name)), "")
 
 
-@cache
-def _adds_one(norm: type[nn.Module]) -> bool:
+def _adds_one(norm: Any) -> bool:
     """Whether norms of a class scale by 1 + w instead of w."""
     try:
         made: Any = norm(4)
