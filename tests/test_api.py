@@ -69,19 +69,36 @@ def test_prune_does_what_the_command_does(
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     again = ap.prune(same.recipe, tmp_path / "again")
     assert (again.mask, again.figures["params_after"]) == (same.mask, same.figures["params_after"])
+    (tmp_path / "recipe.yaml").write_text(same.recipe.to_yaml())
+    assert call(monkeypatch, capsys, "prune", tmp_path / "recipe.yaml", "-o", tmp_path / "once more")[0] == 0
+    assert read_json(tmp_path / "once more" / "pruning.json")["recipe"] == recipe
+    status, _, err = call(monkeypatch, capsys, "prune", tmp_path / "recipe.yaml", "-o", tmp_path / "no", "--params", "70%")
+    assert (status, "params would be ignored, since a recipe sets everything itself" in err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["prune", "shrink", "run", "evaluate", "compare", "export", "verify", "chat"])
 def test_arguments_and_defaults_are_those_of_the_command(name: str) -> None:
-    called = {"out": "output", "overrides": "settings", "models": "model", **({"calibration": "text"} if name == "prune" else {})}
-    screen_only = {"as_json", "dry_run", "against"}
-    command = next(one.callback for one in cli.app.registered_commands if one.callback and one.callback.__name__ == name)
-    options = {called.get(option, option): one.default for option, one in inspect.signature(command).parameters.items()}
+    command = next(each.callback for each in cli.app.registered_commands if each.callback and each.callback.__name__ == name)
+    options = {option.replace("models", "model"): each for option, each in inspect.signature(command).parameters.items()}
     taken = inspect.signature(getattr(ap, name)).parameters
-    assert options.keys() - screen_only <= taken.keys()
+    assert options.keys() - {"as_json", "dry_run", "against"} <= taken.keys()
     assert taken.keys() - options.keys() <= {"tokenizer", "progress", "listen"}
     for option in options.keys() & taken.keys() - {"output", "prompt"}:
-        assert taken[option].default == options[option], option
+        assert taken[option].default == options[option].default, option
+        typed = options[option].annotation.__metadata__[0]
+        assert typed.help[:1].isupper() or typed.help[:1] == "0", f"{option} has a line in --help"
+
+
+def test_an_option_is_held_to_the_bounds_of_its_argument(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bounds of a signature are those of --help and of the parser, and a line of the docstring speaks of options there."""
+    status, _, err = call(monkeypatch, capsys, "verify", "model", "--window", 1)
+    assert (status, "--window" in err, "greater than or equal to 2" in err) == (2, True, True)
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = call(monkeypatch, capsys, "compare", "--help")[1]
+    assert "JSON files with input_ids instead of --calibration; each file is one draw. Can be repeated." in shown
+    assert "Sizes to prune to, such as 80%,60%, for methods" in shown
 
 
 def test_a_model_in_memory_is_pruned_and_left_as_it_is(tiny_folder: Path, text_file: Path, small: Any) -> None:
@@ -243,7 +260,7 @@ MODEL = object()  # stands for the folder
         (MODEL, {"params": 0.8}, "params 0.8 is a float; give a share"),
         (MODEL, {"params": True}, "params True is a bool; give a share"),
         (MODEL, {"params": "80%", "text": 3}, "text 3 is an int; give a file, a folder or another text as str or Path, a list of them"),
-        (MODEL, {"params": "80%", "text": [b"x"]}, "text b'x' is a bytes; give one text"),
+        (MODEL, {"params": "80%", "text": [b"x"]}, "text b'x' is a bytes; give a file, a folder or another text"),
         (MODEL, {"params": "80%", "text": []}, "the mixture names no text"),
         (MODEL, {"params": "80%", "text": "gone.txt"}, "gone.txt"),
         (MODEL, {"params": "80%", "latency": "0.7x"}, 'params="80%" and latency="0.7x" both say how far to prune'),
@@ -306,7 +323,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
         (lambda: ap.chat(small, "Hi", max_new_tokens=0), "max_new_tokens 0 is too small"),
         (lambda: ap.chat(small, "Hi", temperature="0.7"), "temperature '0.7' is a str; give 0 or a positive number"),
-        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is below 0"),
+        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is too small; give 0 or a positive number"),
         (lambda: ap.shrink(small, params="80%", minutes="an hour"), "minutes 'an hour' is a str; give a number"),
         (
             lambda: ap.compare(small, methods="uniform", params="80%", text=text_file, calibration_ids="gone.json"),
@@ -357,7 +374,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError("pass --trust-remote-code if you trust it")
 
-    for home in ("run.start", "compare.models", "export.proof", "report.with_card", "api.measuring"):
+    for home in ("run.start", "compare.models", "export.proof", "report.with_card", "checkpoint.load"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),

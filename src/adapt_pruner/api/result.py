@@ -4,18 +4,20 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapt_pruner.api.arguments import Keeper, Spec, as_place, in_python
+from adapt_pruner.api.arguments import Keeper, Place, Spec, in_python
 from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
-from adapt_pruner.checkpoint.load import Loaded, load, pick_device
-from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
 from adapt_pruner.core.events.words import measured_text, millions, span
-from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.system.files import expanded
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.page import check_page, page, write_page
 from adapt_pruner.report.record import read_record, record_of_result
+
+if TYPE_CHECKING:
+    from adapt_pruner.checkpoint.load import Loaded
+    from adapt_pruner.core.model.axes import Mask
 
 __all__ = ["Result"]
 
@@ -35,15 +37,17 @@ class Result:
     """
 
     def __init__(
-        self, path: Path, recipe: Recipe, figures: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), mask: Mask | None = None,
+        self, path: Path, recipe: Recipe, figures: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), mask: "Mask | None" = None,
         run_dir: Path | None = None, events: Sequence[Mapping[str, Any]] = (), trust_remote_code: bool = False, keeper: Keeper | None = None,
     ) -> None:  # fmt: skip
         self.path, self.recipe, self.figures, self.history = path, recipe, dict(figures), list(history)
         self._mask, self._run_dir, self._events, self._trust, self._keeper = mask, run_dir, events, trust_remote_code, keeper
 
     @cached_property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> "Loaded":
         """The model with everything that belongs to it, in float32; loaded at first use."""
+        from adapt_pruner.checkpoint.load import load, pick_device
+
         return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust)
 
     @property
@@ -57,19 +61,23 @@ class Result:
         return self.loaded.tokenizer
 
     @property
-    def mask(self) -> Mask:
+    def mask(self) -> "Mask":
         """Which units of the model at the start stayed; for a run that was finished before, of the dense model."""
+        from adapt_pruner.core.model.axes import Mask
+
         return self._mask if self._mask is not None else self.loaded.mask or Mask()
 
     @in_python
-    def save(self, output: str | Path) -> Path:
+    def save(self, output: Place) -> Path:
         """Copy the model to a new or empty folder; if it was in a temporary folder, it lies there from now on.
 
         Raises:
             UsageError: `output` is not empty.
             RunError: the copy could not be written; nothing is left there.
         """
-        place = as_place("output", output)
+        from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
+
+        place = expanded(output)
         check_target(place)
         with whole_or_nothing(place) as folder:
             shutil.copytree(self.path, folder, dirs_exist_ok=True)
@@ -101,7 +109,7 @@ class Result:
         )  # fmt: skip
 
     @in_python
-    def report(self, output: str | Path | None = None) -> Path:
+    def report(self, output: Place | None = None) -> Path:
         """Write the run as one HTML page: before and after, anatomy, reasons, cost.
 
         Args:
@@ -118,7 +126,7 @@ class Result:
             record, place = read_record(self._run_dir), self._run_dir / "report.html"
         else:
             record, place = record_of_result(self.path, self._events), self.path.with_name(f"{self.path.name}.html")
-        place = place if output is None else as_place("output", output)
+        place = place if output is None else expanded(output)
         check_page(place, self._run_dir or self.path)
         return write_page(place, page(record))
 

@@ -22,16 +22,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from adapt_pruner.cli.bench import bench
-from adapt_pruner.cli.card import card
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.compare import compare
 from adapt_pruner.cli.evaluate import evaluate
 from adapt_pruner.cli.export import export
-from adapt_pruner.cli.inspect import inspect
-from adapt_pruner.cli.methods import methods
+from adapt_pruner.cli.listings import inspect, methods, recipes
 from adapt_pruner.cli.prune import prune
-from adapt_pruner.cli.push import push
-from adapt_pruner.cli.recipes import recipes
+from adapt_pruner.cli.push import card, push
 from adapt_pruner.cli.report import report
 from adapt_pruner.cli.run import run
 from adapt_pruner.cli.shrink import shrink
@@ -101,25 +98,10 @@ app = typer.Typer(
     "`adapt-pruner shrink smollm2-135m-instruct --params 110M --minutes 15 -o small`. "
     "`adapt-pruner COMMAND --help` explains a command.",
 )
-for command, name in (
-    (shrink, "shrink"),
-    (prune, "prune"),
-    (run, "run"),
-    (watch, "watch"),
-    (report, "report"),
-    (evaluate, "eval"),
-    (compare, "compare"),
-    (bench, "bench"),
-    (export, "export"),
-    (verify, "verify"),
-    (card, "card"),
-    (push, "push"),
-    (chat, "chat"),
-    (inspect, "inspect"),
-    (methods, "methods"),
-    (recipes, "recipes"),
-):
-    app.command(name, cls=_Command)(command)
+for command in (
+    shrink, prune, run, watch, report, evaluate, compare, bench, export, verify, card, push, chat, inspect, methods, recipes,
+):  # fmt: skip
+    app.command("eval" if command is evaluate else command.__name__, cls=_Command)(command)
 
 
 def _print_version(asked: bool) -> None:
@@ -143,7 +125,9 @@ def _options(
 
 def main() -> None:
     """Run the command line. Every error becomes one sentence and an exit status: 2 for wrong usage, 1 for failed work."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers reads this at import; we show the progress ourselves
+    # Libraries read these when they are imported; we show the progress ourselves.
+    for name, value in {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}.items():
+        os.environ.setdefault(name, value)
     _interrupts.clear()  # those of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # a cluster sends SIGTERM before it takes the machine away
         signal.signal(sent, _interrupt)

@@ -4,32 +4,25 @@ from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Model, Precision, TrustRemoteCode
+from adapt_pruner.api import measuring
+from adapt_pruner.cli.options import Json, Model, options_of
 
 __all__ = ["chat"]
 
 _NARROW = 100  # columns of a terminal below which answers stand below each other
 
 
+@options_of(measuring.chat)
 def chat(
+    *,
     model: Model,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", help="What you ask the model, in quotes. Without it you have a conversation."),
     ] = None,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Second model, which answers the same prompt.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 200,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; a higher value draws tokens at random.", min=0.0, max=100.0)
-    ] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the random draws of --temperature. [default: 0]", min=0, max=2**63 - 1)
-    ] = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Ask MODEL something in its own chat template. With --against DENSE, both models answer side by side.
 
@@ -55,21 +48,20 @@ def chat(
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()
-    check_precision(dtype)
+    check_precision(options["dtype"])
     if prompt is None and as_json:
         raise UsageError("--json prints the answer to a prompt, and there is none; write a question or an instruction, in quotes")
-    check_asked(prompt, temperature=temperature, seed=seed)
+    check_asked(prompt, temperature=options["temperature"], seed=options["seed"])
     names = [model] if against is None else [model, against]
     for name in names:
         locate(name)  # so that a missing model is reported before the other one answers
-    how: dict[str, Any] = {
-        "system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "dtype": dtype,
-    }  # fmt: skip
+    device, trust = pick_device(options.pop("device")), options.pop("trust_remote_code")
+    how = options | {"seed": options["seed"] or 0}
 
     def loaded_of(name: str) -> Loaded:
         with screen() as listen:
             listen.hear(Load(model=name))
-            return load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
+            return load(name, device=device, trust_remote_code=trust, any_family=True)
 
     if prompt is None:
         _converse({name: loaded_of(name) for name in names}, how)

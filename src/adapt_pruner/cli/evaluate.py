@@ -1,12 +1,12 @@
 """`adapt-pruner eval`: perplexity, reading speed and task scores, of one model or of several side by side."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Precision, TrustRemoteCode
+from adapt_pruner.api import measuring
+from adapt_pruner.cli.options import Json, options_of
 
 if TYPE_CHECKING:
     from adapt_pruner.evaluate.tasks import TaskScore
@@ -14,37 +14,12 @@ if TYPE_CHECKING:
 __all__ = ["evaluate"]
 
 
+@options_of(measuring.evaluate, without="model")
 def evaluate(
+    *,
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Folder, .gguf file, hub id or packaged model; one or more.")
     ],
-    text: Annotated[
-        str | None, typer.Option(help="Text to measure perplexity on: file, folder, glob, hub:NAME, python-docs:heldout.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens per window; windows do not overlap. [default: 512]")] = None,
-    max_windows: Annotated[int | None, typer.Option(help="Most windows to read. [default: the whole text]", min=1)] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Tasks to score, separated by commas: commonsense, mmlu, or names that lm-eval knows."
-        ),
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples shown before each item. [default: as the task says]", min=0)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Most items to score in each task. [default: all]", min=1)] = None,
-    task_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of lm-eval YAML files with your own tasks, or with other data for known tasks. Needs --trust-remote-code."
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps task scores, so that no task is scored twice.", show_default="~/.cache/adapt-pruner/tasks"
-        ),
-    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -52,10 +27,8 @@ def evaluate(
             help="Dense model to compare with. The table then shows the share of its accuracy that the others keep.",
         ),
     ] = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
 
@@ -72,15 +45,10 @@ def evaluate(
     """
     from adapt_pruner.compare.measures import Measures
     from adapt_pruner.errors import UsageError
-    from adapt_pruner.recipe import check_precision
 
-    check_precision(dtype)
-    how = Measures(
-        text=text, window=window, max_windows=max_windows, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_dir=task_dir,
-        cache_dir=cache_dir, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    how = Measures(**options)
     how.check()
-    if tasks is None and against is not None:
+    if how.tasks is None and against is not None:
         raise UsageError("--against applies only to tasks; name them with --tasks")
     from adapt_pruner.compare.models import measured
     from adapt_pruner.core.system.strict_json import to_json
@@ -96,12 +64,12 @@ def evaluate(
     if as_json:
         print(to_json(rows[0] if len(models) == 1 else {"models": rows}))
         return
-    if text is not None:
+    if how.text is not None:
         _print(rows)
     if scores:
-        if text is not None:
+        if how.text is not None:
             print()
-        _print_tasks(rows, scores, limit=limit, against=against is not None)
+        _print_tasks(rows, scores, limit=how.limit, against=against is not None)
     _print_starts(rows, what="windows" if scores == [] else "texts")
 
 

@@ -1,42 +1,28 @@
 """`adapt-pruner export`: a checkpoint in a form that another tool loads."""
 
+from inspect import unwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Json, TrustRemoteCode
-from adapt_pruner.export import forms
+from adapt_pruner.api import exporting
+from adapt_pruner.cli.options import Json, options_of
 
 __all__ = ["export"]
 
 
+@options_of(exporting.export)
 def export(
+    *,
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="The checkpoint to export: folder, .gguf file, hub id or packaged model.")
     ],
-    to: Annotated[str, typer.Option("--to", help=f"Form to export to: {', '.join(forms()[:-1])} or {forms()[-1]}.")],
-    out: Annotated[
+    output: Annotated[
         Path, typer.Option("--output", "-o", metavar="PATH", help="New folder for the result; for gguf a new file FILE.gguf.")
     ],
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TYPE",
-            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … "
-            "[default: as stored]",
-        ),
-    ] = None,
-    pad: Annotated[
-        int | None,
-        typer.Option(
-            metavar="32|256",
-            help="For gguf: zero-pad MLPs to a multiple, so that a float file can be quantised later with your own importance matrix; "
-            "256 for k-quants.",
-        ),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Export a checkpoint for another tool.
 
@@ -49,20 +35,18 @@ def export(
 
         adapt-pruner export small --to padded -o small-plain
     """
-    from adapt_pruner.core.system.strict_json import to_json
-    from adapt_pruner.export import check_form
+    notes: list[str] = []
 
-    check_form(to, quant=quant, pad=pad)
+    def note(event: dict[str, Any]) -> None:
+        notes.extend([event["message"]] if event["event"] == "warning" else [])
+
+    unwrap(exporting.export)(model, output=output, progress=True, listen=note, **options)
     from adapt_pruner.core.events.words import typed
-    from adapt_pruner.report import with_card
-    from adapt_pruner.report.screen import quiet_libraries, screen
+    from adapt_pruner.core.system.strict_json import to_json
 
-    quiet_libraries()
-    with screen() as listen:
-        notes = with_card.export(model, out, to=to, quant=quant, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
-    size = sum(file.stat().st_size for file in out.rglob("*")) if out.is_dir() else out.stat().st_size
+    size = sum(file.stat().st_size for file in output.rglob("*")) if output.is_dir() else output.stat().st_size
     if as_json:
-        print(to_json({"path": str(out), "to": to, "quant": quant, "bytes": size, "notes": notes}))
+        print(to_json({"path": str(output), "to": options["to"], "quant": options["quant"], "bytes": size, "notes": notes}))
         return
-    trust = ["--trust-remote-code"] if trust_remote_code or any(out.glob("*.py")) else []
-    print(f"saved {out} ({size / 1e6:,.1f} MB); try: {typed('verify', model, out, *trust)}")
+    trust = ["--trust-remote-code"] if options["trust_remote_code"] or any(output.glob("*.py")) else []
+    print(f"saved {output} ({size / 1e6:,.1f} MB); try: {typed('verify', model, output, *trust)}")

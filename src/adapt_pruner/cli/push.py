@@ -1,4 +1,4 @@
-"""`adapt-pruner push`: a checkpoint to the Hugging Face hub."""
+"""`adapt-pruner push` and `card`: a checkpoint to the Hugging Face hub, and its model card written again."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +7,7 @@ import typer
 
 from adapt_pruner.cli.options import Json
 
-__all__ = ["push"]
+__all__ = ["card", "push"]
 
 
 def push(
@@ -57,3 +57,24 @@ def push(
         return
     sent = hub.push(packed, private=private, branch=branch)
     print(to_json({**summary, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `shrink`, `prune` or `run` wrote.")],
+    show: Annotated[bool, typer.Option("--show", help="Print the card and write nothing.")] = False,
+) -> None:
+    """Write the model card of DIR (its README.md) again, from the JSON files in DIR.
+
+    `shrink`, `prune` and `run` write a first card by themselves.
+
+    Example:
+
+        adapt-pruner card small
+    """
+    from adapt_pruner.report.card import card_of, write_card
+
+    if show:
+        print(card_of(folder), end="")
+        return
+    write_card(folder)
+    print(f"wrote {folder / 'README.md'}")

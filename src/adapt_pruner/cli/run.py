@@ -5,23 +5,27 @@ import os
 import sys
 import time
 from contextlib import suppress
+from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from adapt_pruner.cli.options import Json, Set, TrustRemoteCode
+from adapt_pruner.api import pruning
+from adapt_pruner.cli.options import Json, options_of
 
 __all__ = ["run"]
 
 _SHOWN_BYTES = 2**30 / 200  # anything smaller rounds to 0.00 GiB
 
 
+@options_of(pruning.run)
 def run(
+    *,
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="YAML file, or the name of a built-in recipe such as smollm2-demo.")
     ],
-    out: Annotated[
+    output: Annotated[
         Path | None,
         typer.Option(
             "--output",
@@ -29,7 +33,6 @@ def run(
             help="Folder of the run. Name the folder of a stopped run to continue it. [default: runs/RECIPE-DATE-TIME]",
         ),
     ] = None,
-    overrides: Set = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -37,11 +40,8 @@ def run(
             help="Print the plan with its time and memory and write nothing. The model's config.json is enough for it.",
         ),
     ] = False,
-    force_recipe: Annotated[
-        bool, typer.Option("--force-recipe", help="Continue a run with this recipe although it began with another one.")
-    ] = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Run RECIPE: prune the model, train it and save it. With `stages` above 1, prune and train in turn.
 
@@ -57,34 +57,31 @@ def run(
     """
     from adapt_pruner import recipe as recipes
 
-    resolved = recipes.read(recipe, overrides=overrides or []).ready()
+    resolved = recipes.read(recipe, overrides=options.pop("settings") or []).ready()
     from adapt_pruner.cli.tables import said_perplexities
     from adapt_pruner.core.events.words import measured_text, millions, span
     from adapt_pruner.core.system import world
     from adapt_pruner.core.system.strict_json import to_json
-    from adapt_pruner.report import with_card
-    from adapt_pruner.report.screen import quiet_libraries, screen
-    from adapt_pruner.run import folder, forecast
 
-    quiet_libraries()
     if dry_run:
-        if out is not None:
-            folder.check_folder(out, resolved, force=force_recipe)
+        from adapt_pruner.report.screen import quiet_libraries, screen
+        from adapt_pruner.run import folder, forecast
+
+        quiet_libraries()
+        if output is not None:
+            folder.check_folder(output, resolved, force=options["force_recipe"])
         with screen() as listen:
-            planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=trust_remote_code)
+            planned = forecast.dry_run(resolved, listen=listen, trust_remote_code=options["trust_remote_code"])
         print(to_json(planned)) if as_json else _print_plan(planned)
         return
     with world.joined(lost=_end):
-        run_dir = out or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir = output or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
         page = run_dir / "report.html"
-        before = _stamp(page)
-        with screen(quiet=not world.is_main()) as listen:
-            outcome = with_card.run(
-                resolved, run_dir, listen=listen, trust_remote_code=trust_remote_code, force_recipe=force_recipe
-            )
+        before = None if (run_dir / "model").is_dir() else _stamp(page)  # a finished run keeps its page
+        result = unwrap(pruning.run)(resolved, run_dir, progress=True, **options)
     if not world.is_main():
         return
-    figures = outcome.figures if outcome is not None else folder.figures_of(run_dir)
+    figures = result.figures
     if as_json:
         print(to_json(figures | {"path": str(run_dir / "model")}))
         return
@@ -93,8 +90,7 @@ def run(
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
         print(f"perplexity on {measured_text(figures)}: {said_perplexities(figures)}")
-    stale = (None,) if outcome is None else (None, before)  # if the report failed, an older one may still be there
-    report = f", the report {page}" if _stamp(page) not in stale else ""
+    report = f", the report {page}" if _stamp(page) not in (None, before) else ""  # if it failed, an older one may still be there
     print(f"saved {run_dir / 'model'}; the log is {run_dir / 'log.jsonl'}{report}")
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Model, Precision, Seed, Set, TrustRemoteCode
+from adapt_pruner.api import pruning
+from adapt_pruner.cli.options import Json, options_of
 
 if TYPE_CHECKING:
     from adapt_pruner.recipe import Recipe
@@ -14,30 +15,15 @@ if TYPE_CHECKING:
 __all__ = ["shrink"]
 
 
+@options_of(pruning.shrink)
 def shrink(
-    model: Model,
-    params: Annotated[str, typer.Option(help="Parameters to keep: 110M, 110_000_000, 80% of the model, or '80% of decoder'.")],
-    out: Annotated[
+    *,
+    output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the run. Name the folder of a stopped one to continue it.")
     ],
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SPEC",
-            help="Your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. "
-            "[default: Python's language reference]",
-        ),
-    ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Minutes that the whole run may take.")] = None,
-    hours: Annotated[float | None, typer.Option(help="Instead of --minutes: hours.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Instead of --minutes: tokens to train on, such as 2M.")] = None,
-    overrides: Set = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    dtype: Precision = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and on stdout its recipe; run nothing.")] = False,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Make a smaller model from MODEL in the time that you have. You choose the size, the text and the time.
 
@@ -53,7 +39,7 @@ def shrink(
     started = time.perf_counter()
     from adapt_pruner.run.rules import how_long
 
-    long = how_long(minutes, hours, tokens)
+    long = how_long(options["minutes"], options["hours"], options["tokens"])
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
@@ -61,26 +47,23 @@ def shrink(
     from adapt_pruner.run.in_time import recipe_in_time
 
     quiet_libraries()
-    common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}
+    trust: bool = options["trust_remote_code"]
+    common = {"budget": options["params"], **{key: options[key] for key in ("model", "seed", "device", "dtype")}}
     with screen() as listen:
         recipe = recipe_in_time(
-            common, out, text=text, long=long, overrides=overrides or [], started=started, listen=listen,
-            trust_remote_code=trust_remote_code,
+            common, output, text=options["text"], long=long, overrides=options["settings"] or [], started=started, listen=listen,
+            trust_remote_code=trust,
         )  # fmt: skip
+        if dry_run:
+            print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
+            return
         try:
-            if not dry_run:
-                outcome = with_card.run(recipe, out, listen=listen, trust_remote_code=trust_remote_code)
+            outcome = with_card.run(recipe, output, listen=listen, trust_remote_code=trust)
         except KeyboardInterrupt:
-            _say_what_there_is(out, listen)
+            _say_what_there_is(output, listen)
             raise
-    if dry_run:
-        print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
-        return
-    figures = outcome.figures if outcome is not None else figures_of(out)
-    if as_json:
-        print(to_json(figures | {"path": str(out / "model")}))
-    else:
-        _tell(figures, out, recipe)
+    figures = outcome.figures if outcome is not None else figures_of(output)
+    print(to_json(figures | {"path": str(output / "model")})) if as_json else _tell(figures, output, recipe)
 
 
 def _say_what_there_is(out: Path, listen: Any) -> None:
@@ -92,10 +75,8 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
     newest, state, _ = RunFolder(out).newest(thorough=False)
     if newest is None or (out / "model").is_dir():  # nothing is kept yet, or the result is there, which was said
         return
-    trained, params = (
-        state["progress"]["tokens"],
-        (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"],
-    )
+    trained = state["progress"]["tokens"]
+    params = (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"]
     if trained:
         whole = f"trained on {compact(trained)} tokens"
         if is_within_training(newest.name):

@@ -1,16 +1,20 @@
 """`adapt-pruner verify`: whether an exported artefact computes what the checkpoint computes."""
 
+from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Json, TrustRemoteCode
+from adapt_pruner.api import measuring
+from adapt_pruner.cli.options import Json, options_of
 
 __all__ = ["verify"]
 
 
+@options_of(measuring.verify)
 def verify(
+    *,
     model: Annotated[
         str, typer.Argument(metavar="DIR", help="The checkpoint that was exported: folder, .gguf file, hub id or packaged model.")
     ],
@@ -21,13 +25,8 @@ def verify(
             help="What `export` wrote: a .gguf file or a folder. Without it the zeros of a sparse DIR are verified.",
         ),
     ] = None,
-    text: Annotated[str, typer.Option(metavar="SPEC", help="Text to compare on: file, folder, glob, hub:NAME, …")] = (
-        "python-docs:heldout"
-    ),
-    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.", min=2)] = 256,
-    max_windows: Annotated[int, typer.Option(help="Most windows to read.", min=1)] = 8,
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Check that ARTEFACT, in its own engine, computes what DIR computes in torch.
 
@@ -43,16 +42,10 @@ def verify(
 
         adapt-pruner verify small-2-4
     """
+    figures = unwrap(measuring.verify)(model, artefact, progress=True, **options).figures
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.errors import RunError
-    from adapt_pruner.export.proof import prove
-    from adapt_pruner.report.screen import quiet_libraries, screen
 
-    quiet_libraries()
-    with screen() as listen:
-        figures = prove(
-            model, artefact, text=text, window=window, max_windows=max_windows, trust_remote_code=trust_remote_code, listen=listen
-        )
     zeros = figures.get("sparsity")
     failures = [] if zeros is None else zeros["failures"]
     if as_json:

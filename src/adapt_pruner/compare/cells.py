@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,25 +25,30 @@ from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.recipe import Recipe
 
 __all__ = ["measure", "measure_beside", "prune_apart", "release"]
 
 _PATIENCE = 30.0  # seconds that a process may tidy up after it is told to stop
 
 
-def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
-    """Run the command line in a process of its own until `path` is written, so that its memory and seconds are its own.
+def prune_apart(recipe: Recipe, path: Path, *, listen: Listener, trust_remote_code: bool = False) -> None:
+    """Prune by a recipe in a process of its own until `path` is written, so that its memory and seconds are its own.
 
     Args:
-        words: arguments of the command `prune`.
+        recipe: of one model and one size, without training.
         path: where its checkpoint goes, whole or not at all.
         listen: told of everything that the process says on the way.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         RunError: the process failed; the message is its own sentence.
     """
-    command = module("adapt_pruner", *words, "-o", str(path), "--json")
     with contextlib.ExitStack() as after:
+        written = Path(after.enter_context(TemporaryDirectory(prefix="adapt-pruner-"))) / "recipe.yaml"
+        written.write_text(recipe.to_yaml(), encoding="utf-8")
+        trust = ["--trust-remote-code"] if trust_remote_code else []
+        command = module("adapt_pruner", "prune", str(written), "-o", str(path), "--json", *trust)
         with deferred():  # Ctrl-C, until something can stop the process
             # In a session of its own, so that Ctrl-C reaches only this process, which then stops the other one once.
             process = after.enter_context(subprocess.Popen(

@@ -314,7 +314,7 @@ class _Comparison:
         began = time.perf_counter()
         try:
             if not path.exists():  # otherwise it was pruned before an interruption, or kept
-                prune_apart(cell.words, path, listen=self._relay)
+                prune_apart(cell.recipe, path, listen=self._relay, trust_remote_code=self._asked.trust_remote_code)
             figures = measure_beside(
                 self._dense(), path, self._work.windows, dtype=self._asked.dtype, size=cell.size, listen=self._listen
             )

@@ -21,7 +21,6 @@ _OWN_KEYS = {
     "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
-_UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison does not show them
 _DRAWS = 3
 _ANY_SIZE = 10**18  # larger than any number of parameters
 _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
@@ -68,16 +67,10 @@ class Request:
     trust_remote_code: bool = False
 
     @property
-    def _drawn(self) -> dict[str, int]:
-        """How much calibration text is drawn, as far as this request decides it."""
-        given = {"samples": self.calibration_samples, "length": self.calibration_length}
-        return {key: value for key, value in given.items() if value is not None}
-
-    @property
     def _given(self) -> dict[str, Any]:
         """Dotted keys of all recipes that options have set."""
-        text = {} if self.calibration is None else {"calibration.source": self.calibration}
-        return text | {f"calibration.{key}": value for key, value in self._drawn.items()}
+        values = {"source": self.calibration, "samples": self.calibration_samples, "length": self.calibration_length}
+        return {f"calibration.{key}": value for key, value in values.items() if value is not None}
 
     @property
     def num_draws(self) -> int:
@@ -155,7 +148,16 @@ class Request:
     def _shared(self, method: str) -> Recipe:
         """The recipe of a method with all settings that the methods share."""
         ids = {"calibration.ids": self.calibration_ids[0]} if self.calibration_ids else {}
-        values = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._given, **ids, "method": method}
+        quiet: dict[str, Any] = {"evaluation.prompts": []}  # answers take time, and a comparison does not show them
+        values = {
+            "model": self.model,
+            "device": self.device,
+            "dtype": self.dtype,
+            **quiet,
+            **self._given,
+            **ids,
+            "method": method,
+        }
         return read({}, values=values, overrides=self.overrides, shared=True)
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
@@ -168,36 +170,20 @@ class Request:
         Raises:
             UsageError: a size is above the model's own.
         """
-        sizes = sorted(
-            {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}, reverse=True
-        )
-        return list(self._cells([*((size, "") for size in sizes), *((dense, pattern) for pattern in self.sparsity)]))
+        kept = {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}
+        sizes = [*((size, "") for size in sorted(kept, reverse=True)), *((dense, pattern) for pattern in self.sparsity)]
+        return list(self._cells(sizes))
 
     def _cells(self, sizes: list[tuple[int, str]]) -> Iterator["Cell"]:
         for draw, (size, sparsity), method in itertools.product(range(self.num_draws), sizes, self.methods):
             recipe = self.recipes[method]
-            ids = self.calibration_ids[draw] if recipe.calibration.ids is not None else None
             if recipe.makes_zeros is not bool(sparsity):
                 continue
-            recipe = recipe.model_copy(
-                update={
-                    **({"sparsity": sparsity} if sparsity else {"budget": str(size)}), "seed": draw,
-                    "calibration": recipe.calibration.model_copy(update={"ids": ids} if ids else {}),
-                }
-            )  # fmt: skip
-            words = [
-                "prune", self.model, *(["--sparsity", sparsity] if sparsity else ["--params", str(size)]), "--method", method,
-                "--seed", str(draw),
-                "--device", self.device, "--dtype", self.dtype,
-            ]  # fmt: skip
-            words += ["--calibration-ids", ids] if ids else []
-            quiet = () if any(text.startswith("evaluation.prompts") for text in self.overrides) else (_UNASKED,)
-            given = [f"{key}={value}" for key, value in self._given.items()]
-            unread = self._shared(method).unread()
-            shared = [text for text in (*given, *self.overrides, *quiet) if not keys_of([text]) & set(unread)]
-            words += [word for text in shared for word in ("--set", text)]
-            words += ["--trust-remote-code"] if self.trust_remote_code else []
-            yield Cell(method, size, draw, recipe, tuple(words), sparsity)
+            reach: dict[str, Any] = {"sparsity": sparsity} if sparsity else {"budget": str(size)}
+            if recipe.calibration.ids is not None:
+                reach["calibration"] = recipe.calibration.model_copy(update={"ids": self.calibration_ids[draw]})
+            recipe = recipe.model_copy(update={**reach, "seed": draw})
+            yield Cell(method, size, draw, recipe, sparsity)
 
 
 @dataclass(frozen=True)
@@ -209,7 +195,6 @@ class Cell:
         size: the most parameters that may be left.
         draw: its number, from 0.
         recipe: the recipe that is run.
-        words: the command that runs it, without the program's name and the place of the result.
         sparsity: for a method that makes zeros; empty for others.
     """
 
@@ -217,7 +202,6 @@ class Cell:
     size: int
     draw: int
     recipe: Recipe
-    words: tuple[str, ...]
     sparsity: str = ""
 
     def name(self, read_by_it: dict[str, Any]) -> str:

@@ -41,8 +41,6 @@ _WIDE = 110  # columns of a terminal from which phase and bar share a line
 
 def quiet_libraries() -> None:
     """Keep bars and notices of transformers off the screen; errors still appear."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
