@@ -24,7 +24,6 @@ from transformers.utils import logging
 
 import adapt_pruner as ap
 from adapt_pruner import cli
-from adapt_pruner.api import pruning
 from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
@@ -322,8 +321,13 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.chat(small, " "), "the prompt is empty; write a question or an instruction"),
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
         (lambda: ap.chat(small, "Hi", max_new_tokens=0), "max_new_tokens 0 is too small"),
-        (lambda: ap.chat(small, "Hi", temperature="0.7"), "temperature '0.7' is a str; give 0 or a positive number"),
-        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is too small; give 0 or a positive number"),
+        (lambda: ap.chat(small, "Hi", temperature="0.7"), "temperature '0.7' is a str; give a number from 0 to 100"),
+        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is too small; give a number from 0 to 100"),
+        (lambda: ap.chat(small, "Hi", temperature=101), "temperature 101 is too large; give a number from 0 to 100"),
+        (
+            lambda: ap.compare(small, methods="random", params=["80%", 0.6], text=text_file),
+            'params 0.6 is a float; give sizes such as ["80%", "110M", 90_000_000]',
+        ),
         (lambda: ap.shrink(small, params="80%", minutes="an hour"), "minutes 'an hour' is a str; give a number"),
         (
             lambda: ap.compare(small, methods="uniform", params="80%", text=text_file, calibration_ids="gone.json"),
@@ -335,7 +339,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         ),
         (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),
         (lambda: ap.run("nothing.yaml"), "recipe 'nothing.yaml' does not exist"),
-        (lambda: ap.run(7), "recipe 7 is an int; give a Recipe, a YAML file or a name"),
+        (lambda: ap.run(7), "recipe '7' does not exist; give a YAML file or a built-in one"),
         (lambda: ap.compare(small, methods="random", text=text_file), "compare needs sizes to compare at"),
         (lambda: ap.compare(small, methods=["x"], params="80%", text=text_file), "method 'x' is not known"),
     ):
@@ -406,7 +410,9 @@ def test_the_examples_of_the_python_page_run(
     (tmp_path / "held-out.txt").write_text("".join(lines[300:]))
     monkeypatch.chdir(tmp_path)
     quick = ["calibration.samples=2", "calibration.length=32", "calibration.self_generated=4", "step=0.3"]
-    monkeypatch.setattr(pruning, "to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick]))
+    monkeypatch.setattr(
+        "adapt_pruner.recipe.prune_recipe.to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick])
+    )
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # windows longer than the tiny model reads, padding that grows
@@ -434,13 +440,14 @@ def test_every_call_on_a_page_can_be_made(page: Path) -> None:
 
 
 def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> None:
-    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
     logging.enable_progress_bar()
     with heard(None, progress=False) as tell:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         with pytest.warns(UserWarning, match="^window of 9 is long$"):
             tell(Warned(message="--window of 9 is long").to_dict())
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
+    logging.set_verbosity_error()
     heard_of: list[dict[str, Any]] = []
     with warnings.catch_warnings(), heard(heard_of.append, progress=False) as tell:
         warnings.simplefilter("error")

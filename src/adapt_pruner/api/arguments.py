@@ -19,9 +19,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from adapt_pruner.core.events import Listener, Warned, parse
 from adapt_pruner.core.system.strict_json import to_json
-from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.screen import screen
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +147,7 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
         after = f" {rest}" if rest and not value else rest
         if option == "--set":
             key, equals, written = value.partition("=")
-            return ("settings" if not equals else f"settings={{{_quoted(key)}: {_literal(written)}}}") + after
+            return ("settings" if not equals else f"settings={{{to_json(key)}: {_literal(written)}}}") + after
         if option not in names:
             return found[0]
         name = names[option]
@@ -161,16 +159,8 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
     return "".join(part if part.startswith("`") else _OPTION.sub(respelled, part) for part in parts)
 
 
-def _quoted(value: str) -> str:
-    return f'"{value}"'
-
-
 def _literal(written: str) -> str:
-    try:
-        value = value_of(written, "a value")
-    except ValueError:
-        value = written
-    return _quoted(value) if isinstance(value, str) else repr(value)
+    return written if re.fullmatch(r"[\d._]+(e-?\d+)?", written) else to_json(written)
 
 
 def _refused(name: str, value: Any, words: str) -> UsageError:
@@ -209,10 +199,6 @@ def _as_data(key: str, value: Any) -> Any:
     return value
 
 
-def _as_argument(found: re.Match[str]) -> str:
-    return found[1].replace("-", "_")
-
-
 def _outside() -> int:
     """The number of frames between the caller and the user's code, to which a warning should point."""
     frame, level = sys._getframe(1), 1
@@ -229,6 +215,7 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Listener]:
         from transformers.utils import logging
 
     from adapt_pruner.core.system import world
+    from adapt_pruner.report.screen import screen
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -240,7 +227,8 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Listener]:
                 if progress:
                     shown(event)
                 elif listen is None and isinstance(warned := parse(event), Warned):
-                    warnings.warn(_ANY_OPTION.sub(_as_argument, warned.message), stacklevel=_outside())
+                    message = _ANY_OPTION.sub(lambda found: found[1].replace("-", "_"), warned.message)
+                    warnings.warn(message, stacklevel=_outside())
                 if listen is not None:
                     listen(event)
 
@@ -316,9 +304,9 @@ def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> "torch.
             f"model is a quantised {kind}, and only unquantised weights can be used; load the model it was made from"
         )
     if not (any_family or families.is_known(model.config)):
-        known = ", ".join(families.model_types())
+        types = ", ".join(families.model_types())
         raise UsageError(
-            f"model is a {kind} of type {model.config.model_type!r}, which belongs to no known family; known: {known}"
+            f"model is a {kind} of type {model.config.model_type!r}, which belongs to no known family; known: {types}"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(f"model is a {kind} with weights on the device meta, which stores no values; load it on a real device")

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from adapt_pruner.api.arguments import Takes
 from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.errors import UsageError, nearest
-from adapt_pruner.recipe import check_precision
 
 __all__ = ["bench"]
 
@@ -57,11 +56,20 @@ def bench(
         UsageError: the request cannot be met.
         RunError: an engine fails on a model.
     """
+    from adapt_pruner.recipe import check_precision
+
     check_precision(dtype)
     batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
     if not all(1 <= count <= _MOST_ROWS for count in batches):
         raise UsageError(f"--batch {batch!r} is not a list of batch sizes from 1 to {_MOST_ROWS:,}; write it like 1,8")
-    _check(engine, device, dtype, quant)
+    if engine not in _ENGINES:
+        raise UsageError(f"engine {engine!r} is not known; {nearest(engine, _ENGINES)}")
+    if engine == "torch" and quant is not None:
+        raise UsageError(f"--quant {quant} applies only to --engine llama.cpp; torch has no such weights, so leave it out")
+    if engine == "llama.cpp" and device not in ("auto", "cpu"):
+        raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave --device out")
+    if engine == "llama.cpp" and dtype != "auto":
+        raise UsageError(f"--dtype {dtype} applies only to --engine torch; for llama.cpp use --quant f32, f16, bf16, …")
     if quant is not None and Path(model).is_file() and Path(against).is_file():
         raise UsageError(
             f"--quant {quant} applies only to models that bench exports, and both are .gguf files already; leave it out"
@@ -70,9 +78,7 @@ def bench(
 
     from adapt_pruner.compare.ideal import of_gguf, of_torch
     from adapt_pruner.compare.turns import Spread, as_gguf, loaded_in_turn, speeds
-    from adapt_pruner.report.screen import quiet_libraries
 
-    quiet_libraries()
     threads = torch.get_num_threads()
     how = {
         "engine": engine, "threads": threads, "rows": max(batches), "tokens": prompt + generate, "device": device, "dtype": dtype,
@@ -110,14 +116,3 @@ def bench(
         "models": models,
         "speeds": rows,
     }
-
-
-def _check(engine: str, device: str, dtype: str, quant: str | None) -> None:
-    if engine not in _ENGINES:
-        raise UsageError(f"engine {engine!r} is not known; {nearest(engine, _ENGINES)}")
-    if engine == "torch" and quant is not None:
-        raise UsageError(f"--quant {quant} applies only to --engine llama.cpp; torch has no such weights, so leave it out")
-    if engine == "llama.cpp" and device not in ("auto", "cpu"):
-        raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave --device out")
-    if engine == "llama.cpp" and dtype != "auto":
-        raise UsageError(f"--dtype {dtype} applies only to --engine torch; for llama.cpp use --quant f32, f16, bf16, …")

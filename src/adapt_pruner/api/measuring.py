@@ -19,13 +19,9 @@ from adapt_pruner.api.arguments import (
     in_python,
     named,
 )
-from adapt_pruner.compare.measures import Measures
-from adapt_pruner.compare.request import Request
-from adapt_pruner.compare.table import table
 from adapt_pruner.core.events import Listener
 from adapt_pruner.core.events.words import score
 from adapt_pruner.core.system.files import expanded
-from adapt_pruner.recipe import check_precision
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
 
@@ -139,6 +135,8 @@ class Comparison:
         return self.path / "compare.html"
 
     def __repr__(self) -> str:
+        from adapt_pruner.compare.table import table
+
         shown = [rows for rows in (self.figures["rows"], self.figures["sparse_rows"]) if len(rows) > 1]
         return "\n\n".join("\n".join(_aligned(*table(rows))) for rows in shown) + f"\n\n{self.path}"
 
@@ -163,7 +161,7 @@ def evaluate(
     window: Window | None = None,
     max_windows: Count | None = None,
     tasks: Words | None = None,
-    num_fewshot: Annotated[int, Takes("a whole number", None, int, least=0)] | None = None,
+    num_fewshot: Annotated[int, Takes("a whole number of at least 0", None, int, least=0)] | None = None,
     limit: Count | None = None,
     task_dir: Place | None = None,
     cache_dir: Place | None = None,
@@ -196,6 +194,8 @@ def evaluate(
         UsageError: the model, text or task is not there, or neither text nor tasks is given.
         RunError: the model's files are damaged, or its loss is not a number.
     """
+    from adapt_pruner.compare.measures import Measures
+
     how = Measures(
         text=None if text is None else str(text), window=window, max_windows=max_windows, tasks=",".join(_several(tasks)) or None,
         num_fewshot=num_fewshot, limit=limit, task_dir=None if task_dir is None else expanded(task_dir),
@@ -268,6 +268,8 @@ def compare(
         UsageError: the request cannot be met; nothing has been pruned.
         RunError: the dense model cannot be measured, or something cannot be written. A cell that fails is a row with an `error`.
     """
+    from adapt_pruner.compare.request import Request
+
     files = [calibration_ids] if isinstance(calibration_ids, str | Path) else calibration_ids or ()
     keeper = Keeper() if output is None else None
     place = Path(keeper.name) / "compared" if keeper is not None else expanded(output or "")
@@ -277,7 +279,7 @@ def compare(
             texts=tuple(map(str, text if isinstance(text, list | tuple) else [text])), calibration=None if calibration is None else str(calibration),
             calibration_ids=tuple(str(expanded(path)) for path in files), calibration_samples=calibration_samples,
             calibration_length=calibration_length, draws=draws, window=window, max_windows=max_windows,
-            overrides=tuple(as_overrides(settings)), device=device, dtype=check_precision(dtype), trust_remote_code=trust_remote_code,
+            overrides=tuple(as_overrides(settings)), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         ).checked()  # fmt: skip
         from adapt_pruner.compare import comparison
 
@@ -337,8 +339,8 @@ def chat(
     tokenizer: Any = None,
     system: str | None = None,
     max_new_tokens: Count = 200,
-    temperature: Annotated[float, Takes("0 or a positive number such as 0.7", None, float, least=0, most=100)] = 0.0,
-    seed: Annotated[int, Takes("a whole number", None, int, least=0, most=2**63 - 1)] | None = None,
+    temperature: Annotated[float, Takes("a number from 0 to 100 such as 0.7", None, float, least=0, most=100)] = 0.0,
+    seed: Annotated[int, Takes("a whole number of at least 0", None, int, least=0, most=2**63 - 1)] | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -361,10 +363,11 @@ def chat(
         UsageError: there is no such model, or the prompt is empty or too long for it.
         RunError: the model's files are damaged, or a logit is not a number.
     """
-    check_precision(dtype)
     from adapt_pruner.checkpoint.load import load, pick_device
     from adapt_pruner.evaluate.answer import answer, check_asked
+    from adapt_pruner.recipe import check_precision
 
+    check_precision(dtype)
     check_asked(prompt, temperature=temperature, seed=seed)
     with named(model, tokenizer, any_family=True) as name, heard(None, progress=False):
         loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)

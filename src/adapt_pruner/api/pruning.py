@@ -1,16 +1,18 @@
-"""`prune`, `run` and `shrink`: make a smaller model out of a larger one, in one call each."""
+"""`prune`, `run` and `shrink`: make a smaller model out of a larger one, in one call each; and their result."""
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from adapt_pruner import recipe as recipes
 from adapt_pruner.api.arguments import (
     Count,
     Keeper,
     Model,
+    Name,
     Place,
     Settings,
     Size,
@@ -22,14 +24,19 @@ from adapt_pruner.api.arguments import (
     in_python,
     named,
 )
-from adapt_pruner.api.result import Result
+from adapt_pruner.api.exporting import export
+from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.core.events import Listener
+from adapt_pruner.core.events.words import measured_text, millions, span
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.prune_recipe import to_prune
 
-__all__ = ["prune", "run", "shrink"]
+if TYPE_CHECKING:
+    from adapt_pruner.checkpoint.load import Loaded
+    from adapt_pruner.core.model.axes import Mask
+    from adapt_pruner.recipe import Recipe
+
+__all__ = ["Result", "prune", "run", "shrink"]
 
 Latency = Annotated[str, Takes('a share of the dense model\'s time such as "0.7x"', "0.7x")]
 Sparsity = Annotated[str, Takes('a share of zeros such as "50%", or a pattern such as "2:4"', "50%|2:4")]
@@ -41,9 +48,150 @@ _KEYS = {
 """Argument -> the key of a recipe that it sets, where the two have different names."""
 
 
+class Result:
+    """A pruned model.
+
+    The model lies in a folder, and every method but `model` and `tokenizer` works on that folder. Without an `output` the folder is a
+    temporary one, which lives as long as this object; `save` keeps it.
+
+    Attributes:
+        path: the folder of the model.
+        recipe: the recipe that was run.
+        figures: what was measured on the way: `params_before`, `params_after`, `calibration_losses`, `seconds`, …
+        history: a note on each step of pruning.
+        mask: which units of the model at the start stayed.
+    """
+
+    def __init__(
+        self, path: Path, recipe: "Recipe", figures: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), mask: "Mask | None" = None,
+        run_dir: Path | None = None, events: Sequence[Mapping[str, Any]] = (), trust_remote_code: bool = False, keeper: Keeper | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.recipe, self.figures, self.history = path, recipe, dict(figures), list(history)
+        self._mask, self._run_dir, self._events, self._trust, self._keeper = mask, run_dir, events, trust_remote_code, keeper
+
+    @cached_property
+    def loaded(self) -> "Loaded":
+        """The model with everything that belongs to it, in float32; loaded at first use."""
+        from adapt_pruner.checkpoint.load import load, pick_device
+
+        return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust)
+
+    @property
+    def model(self) -> Any:
+        """The model as a transformers model, in float32, on the recipe's device."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model."""
+        return self.loaded.tokenizer
+
+    @property
+    def mask(self) -> "Mask":
+        """Which units of the model at the start stayed; for a run that was finished before, of the dense model."""
+        from adapt_pruner.core.model.axes import Mask
+
+        return self._mask if self._mask is not None else self.loaded.mask or Mask()
+
+    @in_python
+    def save(self, output: Place) -> Path:
+        """Copy the model to a new or empty folder; if it was in a temporary folder, it lies there from now on.
+
+        Raises:
+            UsageError: `output` is not empty.
+            RunError: the copy could not be written; nothing is left there.
+        """
+        from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
+
+        place = expanded(output)
+        check_target(place)
+        with whole_or_nothing(place) as folder:
+            shutil.copytree(self.path, folder, dirs_exist_ok=True)
+        if self._keeper is not None:
+            self.path = place
+        return place
+
+    def evaluate(
+        self, text: Spec | None = None, *, window: int | None = None, max_windows: int | None = None, tasks: str | Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> Evaluation:  # fmt: skip
+        """Measure perplexity and speed on a text, scores on tasks, or both, as `adapt_pruner.evaluate` does."""
+        return evaluate(
+            self, text=text, window=window, max_windows=max_windows, tasks=tasks, device=self.recipe.device, trust_remote_code=self._trust,
+            progress=progress,
+        )  # fmt: skip
+
+    def export(
+        self, to: str, output: str | Path, *, quant: str | None = None, pad: int | None = None, progress: bool = False
+    ) -> Path:
+        """Write the model in the form of another tool, as `adapt_pruner.export` does."""
+        return export(self, to, output, quant=quant, pad=pad, trust_remote_code=self._trust, progress=progress)
+
+    def chat(self, prompt: str, *, system: str | None = None, max_new_tokens: int = 200, temperature: float = 0.0) -> str:
+        """What the model answers, as `adapt_pruner.chat` gives it."""
+        return chat(
+            self, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, device=self.recipe.device,
+            trust_remote_code=self._trust,
+        )  # fmt: skip
+
+    @in_python
+    def report(self, output: Place | None = None) -> Path:
+        """Write the run as one HTML page: before and after, anatomy, reasons, cost.
+
+        Args:
+            output: the page; by default report.html in a run's folder, else FOLDER.html beside the model's folder.
+
+        Returns:
+            Where it was written.
+
+        Raises:
+            UsageError: a file that is not a page of ours would be overwritten.
+            RunError: the page could not be written.
+        """
+        from adapt_pruner.report.page import check_page, page, write_page
+        from adapt_pruner.report.record import read_record, record_of_result
+
+        if self._run_dir is not None:
+            record, place = read_record(self._run_dir), self._run_dir / "report.html"
+        else:
+            record, place = record_of_result(self.path, self._events), self.path.with_name(f"{self.path.name}.html")
+        place = place if output is None else expanded(output)
+        check_page(place, self._run_dir or self.path)
+        return write_page(place, page(record))
+
+    def __repr__(self) -> str:
+        """Five lines: kind, size, loss, cost, place."""
+        figures = self.figures
+        before, after = figures["params_before"], figures["params_after"]
+        inside = figures["decoder_params_before"], figures["decoder_params_after"]
+        trained = f", trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else ""
+        memory = f", {figures['peak_rss_bytes'] / 2**30:.1f} GiB at the peak" if "peak_rss_bytes" in figures else ""
+        temporary = self._keeper is not None and self.path.is_relative_to(self._keeper.name)
+        kept = ", which is temporary: .save(folder) keeps the model" if temporary else ""
+        return "\n".join(
+            [
+                f"{Path(self.recipe.model).name} pruned by {self.recipe.method}{trained}",
+                f"parameters  {before:,} → {after:,} ({after / before:.1%}; of the decoder {inside[1] / inside[0]:.1%})",
+                f"loss        {self._said_loss()}",
+                f"time        {span(figures['seconds'])}{memory}",
+                f"folder      {self.path}{kept}",
+            ]
+        )
+
+    def _said_loss(self) -> str:
+        """The loss before and after, if known; of held-out text if there is some."""
+        measured = [value for value in self.figures.get("perplexities") or [] if value is not None]
+        if len(measured) > 1:
+            return f"perplexity {measured[0]:.2f} → {measured[-1]:.2f} on {measured_text(self.figures)}"
+        losses = [value for value in self.figures.get("calibration_losses") or [] if value is not None]
+        if len(losses) > 1:
+            return f"{losses[0]:.3f} → {losses[-1]:.3f} nats a token on the calibration text"
+        return f"not measured; .evaluate(text) measures it, with {millions(self.figures['params_after'])} parameters"
+
+
 @in_python
 def prune(
-    model: Model | Recipe,
+    model: "Model | Recipe",
     output: Place | None = None,
     *,
     tokenizer: Any = None,
@@ -101,6 +249,8 @@ def prune(
         UsageError: the model, text, size or an argument is not what it should be, or `output` is not empty.
         RunError: a loss is not finite, or the result cannot be written.
     """
+    from adapt_pruner import recipe as recipes
+    from adapt_pruner.recipe.prune_recipe import to_prune
     from adapt_pruner.report import with_card
 
     keep, place = _place(output, "model")
@@ -113,8 +263,8 @@ def prune(
     events: list[dict[str, Any]] = []
     with ExitStack() as stack:
         if isinstance(model, str | Path) and str(model).endswith(".yaml"):
-            model = recipes.read(str(model)).ready()
-        if isinstance(model, Recipe):
+            model = recipes.read(str(model))
+        if isinstance(model, recipes.Recipe):
             others = {"tokenizer": tokenizer, "settings": settings, **options}
             if ignored := [name for name, value in others.items() if value is not None]:
                 raise UsageError(
@@ -148,7 +298,7 @@ def _source(text: Any) -> str | dict[str, float] | None:
 
 @in_python
 def run(
-    recipe: Annotated[Recipe | str | Path, Takes("a Recipe, a YAML file or a name")],
+    recipe: "Recipe | Name",
     output: Place | None = None,
     *,
     settings: Settings | None = None,
@@ -174,9 +324,11 @@ def run(
         UsageError: the recipe does not fit the model or the folder; nothing has been changed.
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
+    from adapt_pruner import recipe as recipes
+
     keep, place = _place(output)
     overrides = as_overrides(settings)
-    if not isinstance(recipe, Recipe):
+    if not isinstance(recipe, recipes.Recipe):
         recipe = recipes.read(str(recipe), overrides=overrides)
     elif overrides:
         raise UsageError("settings would be ignored, since a Recipe sets everything itself; put them into the recipe")
@@ -247,7 +399,7 @@ def shrink(
 
 
 def _ran(
-    recipe: Recipe,
+    recipe: "Recipe",
     place: Path,
     keep: Keeper | None,
     tell: Listener,

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import yaml
+
 from adapt_pruner.cli.options import Json, Model, TrustRemoteCode
+from adapt_pruner.cli.tables import print_table
+from adapt_pruner.core.system.strict_json import to_json
 
 __all__ = ["inspect", "methods", "recipes"]
 
@@ -17,27 +21,23 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: J
         adapt-pruner inspect smollm2-135m-instruct --json
     """
     from adapt_pruner.checkpoint.load import load
-    from adapt_pruner.cli.tables import print_table
     from adapt_pruner.core.model.weight_mask import has_zeros
-    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.evaluate.anatomy import anatomy
-    from adapt_pruner.report.screen import quiet_libraries
 
-    quiet_libraries()
     loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
     figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if as_json:
         print(to_json({"model": model, **figures}))
         return
-    zeros = has_zeros(figures["params"], figures["nonzero"])
+    zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
             str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}",
-            *([f"{row['nonzero']:,}"] if zeros else []), _share(row),
+            *(f"{row['nonzero']:,}" for _ in zeros), _share(row),
         ]
         for row in figures["layers"]
     ]  # fmt: skip
-    print_table(["layer", "heads", "KV heads", "neurons", "parameters", *(["not zero"] if zeros else []), "of dense"], rows)
+    print_table(["layer", "heads", "KV heads", "neurons", "parameters", *zeros, "of dense"], rows)
     whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
     print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
     if zeros:
@@ -57,11 +57,7 @@ def methods(as_json: Json = False) -> None:
 
         adapt-pruner methods
     """
-    import yaml
-
     from adapt_pruner import recipe
-    from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.recipe import parts
 
     rows = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in recipe.methods().items()}
@@ -84,11 +80,8 @@ def recipes(as_json: Json = False) -> None:
 
         adapt-pruner recipes
     """
-    import yaml
 
     from adapt_pruner import recipe
-    from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.system.strict_json import to_json
 
     builtin = {name: yaml.safe_load(path.read_text(encoding="utf-8")) for name, path in sorted(recipe.builtin().items())}
     if as_json:

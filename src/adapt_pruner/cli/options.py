@@ -14,7 +14,7 @@ import typer
 
 from adapt_pruner.api.arguments import Takes, takes_of
 
-__all__ = ["Json", "Model", "Set", "TrustRemoteCode", "options_of"]
+__all__ = ["Json", "Model", "Set", "TrustRemoteCode", "options_of", "written_to"]
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
@@ -32,22 +32,29 @@ _ALIKE = {"model": Model, "settings": Set, "trust_remote_code": TrustRemoteCode}
 _OF_PYTHON = {"tokenizer", "progress", "listen"}  # what a shell has no use for
 
 
+def written_to(words: str) -> Any:
+    """The option that names what is written."""
+    return typer.Option("--output", "-o", help=words)
+
+
 def options_of(function: Callable[..., Any], *, without: str = "") -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command `command(*, as_json, …, **options)` the arguments of a function as `options`, but the one named `without`."""
     arguments = inspect.signature(function).parameters
     lines = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(function) or "", re.MULTILINE))
 
     def decorated(command: Callable[..., None]) -> Callable[..., None]:
-        ours = {name: each for name, each in inspect.signature(command).parameters.items() if each.kind is not each.VAR_KEYWORD}
+        own_arguments = {
+            name: each for name, each in inspect.signature(command).parameters.items() if each.kind is not each.VAR_KEYWORD
+        }
         made = {
             name: argument.replace(
                 kind=argument.KEYWORD_ONLY, annotation=_ALIKE.get(name) or _option(argument, lines[name], arguments)
             )
             for name, argument in arguments.items()
-            if name not in ours and name not in _OF_PYTHON and name != without
+            if name not in own_arguments and name not in _OF_PYTHON and name != without
         }
-        order = dict.fromkeys([*arguments, *ours])
-        parameters = [each for name in order if (each := ours.get(name) or made.get(name)) is not None]
+        order = dict.fromkeys([*arguments, *own_arguments])
+        parameters = [each for name in order if (each := own_arguments.get(name) or made.get(name)) is not None]
 
         @functools.wraps(command)
         def called(**options: Any) -> None:
@@ -68,8 +75,8 @@ def _option(argument: inspect.Parameter, line: str, arguments: Iterable[str]) ->
     for name in arguments:
         line = line.replace(f"`{name}`", _spelled(name))
     line += " Can be repeated." if get_origin(takes.option) is list else ""
-    told = line[:1].upper() + line[1:]
-    option = typer.Option(_spelled(argument.name), metavar=takes.metavar, min=takes.least, max=takes.most, help=told)
+    line = line[:1].upper() + line[1:]
+    option = typer.Option(_spelled(argument.name), metavar=takes.metavar, min=takes.least, max=takes.most, help=line)
     return Annotated[takes.option | None if argument.default is None else takes.option, option]
 
 

@@ -108,10 +108,9 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
     Raises:
         RunError: a loss is not finite.
     """
-
     losses = {}
-    for text, its in windows.items():
-        losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=counting(listen, "evaluate")).nll
+    for text, seen in windows.items():
+        losses[text] = perplexity(loaded.model, seen, dtype=dtype, on_window=counting(listen, "evaluate")).nll
         if not math.isfinite(losses[text]):
             raise RunError(f"the loss on {text} is infinite; the model overflows: give --dtype float32, or compare milder sizes")
     return {
@@ -147,13 +146,14 @@ def measure_beside(
     params = count_parameters(pruned.model)
     if params > size:  # matrices that a method adds count too
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
-    if pruned.tokenizer.get_vocab() == dense.tokenizer.get_vocab():
-        figures = measure(pruned, windows, dtype=dtype, listen=listen)
-    else:
-        its = {text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()}
-        figures = measure(pruned, its, dtype=dtype, listen=listen)
-        for text in its:
-            figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
+    read = windows
+    if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        read = {
+            text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()
+        }
+    figures = measure(pruned, read, dtype=dtype, listen=listen)
+    for text in () if read is windows else windows:
+        figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, read[text])
     slow, fast = forward_speed([dense.model, pruned.model], next(iter(windows.values()))[0], dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}

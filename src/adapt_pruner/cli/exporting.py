@@ -1,13 +1,54 @@
-"""`adapt-pruner push` and `card`: a checkpoint to the Hugging Face hub, and its model card written again."""
+"""`adapt-pruner export`, `card` and `push`: a checkpoint for other tools, its model card, and the way to the Hugging Face hub."""
 
+import sys
+from inspect import unwrap
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Json
+from adapt_pruner.api import exporting
+from adapt_pruner.cli.options import Json, options_of, written_to
+from adapt_pruner.cli.tables import print_table
+from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.system.strict_json import to_json
 
-__all__ = ["card", "push"]
+__all__ = ["card", "export", "push"]
+
+
+@options_of(exporting.export)
+def export(
+    *,
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The checkpoint to export: folder, .gguf file, hub id or packaged model.")
+    ],
+    output: Annotated[Path, written_to("New folder for the result; for gguf a new file FILE.gguf.")],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Export a checkpoint for another tool.
+
+    `gguf` is for llama.cpp, Ollama and LM Studio; `padded` for any tool that knows the stock class; `uniform` the same, if all layers
+    are equal; `decilm` for vLLM, with unequal layers; `onnx` for ONNX Runtime.
+
+    Examples:
+
+        adapt-pruner export small --to gguf -o small.gguf --quant q8_0
+
+        adapt-pruner export small --to padded -o small-plain
+    """
+    notes: list[str] = []
+
+    def note(event: dict[str, Any]) -> None:
+        notes.extend([event["message"]] if event["event"] == "warning" else [])
+
+    unwrap(exporting.export)(model, output=output, progress=True, listen=note, **options)
+    size = sum(file.stat().st_size for file in output.rglob("*")) if output.is_dir() else output.stat().st_size
+    if as_json:
+        print(to_json({"path": str(output), "to": options["to"], "quant": options["quant"], "bytes": size, "notes": notes}))
+        return
+    trust = ["--trust-remote-code"] if options["trust_remote_code"] or any(output.glob("*.py")) else []
+    print(f"saved {output} ({size / 1e6:,.1f} MB); try: {typed('verify', model, output, *trust)}")
 
 
 def push(
@@ -35,10 +76,6 @@ def push(
 
         adapt-pruner push small me/smollm2-110m --private
     """
-    import sys
-
-    from adapt_pruner.cli.tables import print_table
-    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import hub
 
     packed = hub.plan_upload(folder, repo)
