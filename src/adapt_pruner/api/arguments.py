@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar, 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from adapt_pruner.core.events import Listener, Warned, parse
+from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Count", "Keeper", "Model", "Name", "Place", "Saved", "Settings", "Size", "Spec", "Takes", "Text", "Window", "as_overrides", "heard",
-    "in_python", "named", "takes_of",
+    "in_python", "named", "placed", "takes_of",
 ]  # fmt: skip
 
 
@@ -89,6 +90,22 @@ class Keeper:
     def __init__(self) -> None:
         self.name = tempfile.mkdtemp(prefix="adapt-pruner-")
         weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
+
+
+def placed(output: str | Path | None, name: str = "run") -> tuple[Keeper | None, Path]:
+    """The path of the result, and the keeper of a temporary folder if it lies in one.
+
+    Raises:
+        UsageError: it is missing although several processes work together.
+    """
+    if output is not None:
+        return None, expanded(output)
+    from adapt_pruner.core.system import world
+
+    if world.size() > 1:
+        raise UsageError("several processes work together and need one shared folder; give output=")
+    temporary = Keeper()
+    return temporary, Path(temporary.name) / name
 
 
 def takes_of(annotation: Any) -> Takes | None:

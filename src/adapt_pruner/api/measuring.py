@@ -18,6 +18,7 @@ from adapt_pruner.api.arguments import (
     heard,
     in_python,
     named,
+    placed,
 )
 from adapt_pruner.core.events import Listener
 from adapt_pruner.core.events.words import score
@@ -25,6 +26,15 @@ from adapt_pruner.core.system.files import expanded
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
 
+Draws = Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1, most=1000)]
+Files = Annotated[str | Path | Sequence[str | Path], Takes("one file or several, as str or Path", "FILE", list[Path])]
+Patterns = Annotated[str | Sequence[str], Takes('patterns such as ["50%", "2:4"]', "50%,2:4")]
+Prompt = Annotated[str, Takes("text")]
+Seed = Annotated[int, Takes("a whole number from 0 to 2**63 - 1", None, int, least=0, most=2**63 - 1)]
+Sizes = Annotated[str | int | Sequence[str | int], Takes('sizes such as ["80%", "110M", 90_000_000]')]
+Specs = Annotated[str | Path | Sequence[str | Path], Takes("one text or several, as str or Path", "SPEC", list[str])]
+Temperature = Annotated[float, Takes("a number from 0 to 100 such as 0.7", None, float, least=0, most=100)]
+Whole = Annotated[int, Takes("a whole number of at least 0", None, int, least=0)]
 Words = Annotated[str | Sequence[str], Takes("text, or a list of texts", "NAMES")]
 
 
@@ -161,7 +171,7 @@ def evaluate(
     window: Window | None = None,
     max_windows: Count | None = None,
     tasks: Words | None = None,
-    num_fewshot: Annotated[int, Takes("a whole number of at least 0", None, int, least=0)] | None = None,
+    num_fewshot: Whole | None = None,
     limit: Count | None = None,
     task_dir: Place | None = None,
     cache_dir: Place | None = None,
@@ -216,17 +226,14 @@ def compare(
     *,
     tokenizer: Any = None,
     methods: Words,
-    text: Annotated[str | Path | Sequence[str | Path], Takes("one text or several, as str or Path", "SPEC", list[str])],
-    params: Annotated[str | int | Sequence[str | int], Takes('sizes such as ["80%", "110M", 90_000_000]')] | None = None,
-    sparsity: Annotated[str | Sequence[str], Takes('patterns such as ["50%", "2:4"]', "50%,2:4")] | None = None,
+    text: Specs,
+    params: Sizes | None = None,
+    sparsity: Patterns | None = None,
     calibration: Spec | None = None,
-    calibration_ids: Annotated[
-        str | Path | Sequence[str | Path], Takes("one file or several, as str or Path", "FILE", list[Path])
-    ]
-    | None = None,
+    calibration_ids: Files | None = None,
     calibration_samples: Count | None = None,
     calibration_length: Count | None = None,
-    draws: Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1, most=1000)] | None = None,
+    draws: Draws | None = None,
     window: Window = 512,
     max_windows: Count = 40,
     settings: Settings | None = None,
@@ -271,8 +278,7 @@ def compare(
     from adapt_pruner.compare.request import Request
 
     files = [calibration_ids] if isinstance(calibration_ids, str | Path) else calibration_ids or ()
-    keeper = Keeper() if output is None else None
-    place = Path(keeper.name) / "compared" if keeper is not None else expanded(output or "")
+    keeper, place = placed(output, "compared")
     with named(model, tokenizer) as name:
         request = Request(
             model=name, methods=_several(methods), params=_several(params), sparsity=_several(sparsity),
@@ -334,13 +340,13 @@ def verify(
 @in_python
 def chat(
     model: Model,
-    prompt: Annotated[str, Takes("text")],
+    prompt: Prompt,
     *,
     tokenizer: Any = None,
     system: str | None = None,
     max_new_tokens: Count = 200,
-    temperature: Annotated[float, Takes("a number from 0 to 100 such as 0.7", None, float, least=0, most=100)] = 0.0,
-    seed: Annotated[int, Takes("a whole number of at least 0", None, int, least=0, most=2**63 - 1)] | None = None,
+    temperature: Temperature = 0.0,
+    seed: Seed | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,

@@ -23,6 +23,7 @@ from adapt_pruner.api.arguments import (
     heard,
     in_python,
     named,
+    placed,
 )
 from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
@@ -253,7 +254,7 @@ def prune(
     from adapt_pruner.recipe.prune_recipe import to_prune
     from adapt_pruner.report import with_card
 
-    keep, place = _place(output, "model")
+    keep, place = placed(output, "model")
     options = {
         "params": params, "latency": latency, "latency_of": latency_of, "sparsity": sparsity, "method": method, "text": _source(text),
         "calibration_samples": calibration_samples, "calibration_length": calibration_length,
@@ -326,7 +327,7 @@ def run(
     """
     from adapt_pruner import recipe as recipes
 
-    keep, place = _place(output)
+    keep, place = placed(output)
     overrides = as_overrides(settings)
     if not isinstance(recipe, recipes.Recipe):
         recipe = recipes.read(str(recipe), overrides=overrides)
@@ -387,7 +388,7 @@ def shrink(
     from adapt_pruner.run.threads import kept_threads
 
     long = how_long(minutes, hours, None if tokens is None else str(tokens))
-    keep, place = _place(output)
+    keep, place = placed(output)
     overrides = as_overrides(settings)
     with kept_threads(), named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
         common = {"model": name, "budget": str(params), "seed": seed, "device": device, "dtype": dtype}
@@ -414,19 +415,3 @@ def _ran(
     kept: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures
     return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept)
-
-
-def _place(output: str | Path | None, name: str = "run") -> tuple[Keeper | None, Path]:
-    """The path of the result, and the keeper of a temporary folder if it lies in one.
-
-    Raises:
-        UsageError: it is missing although several processes work together.
-    """
-    if output is not None:
-        return None, expanded(output)
-    from adapt_pruner.core.system import world
-
-    if world.size() > 1:
-        raise UsageError("several processes work together and need one shared folder; give output=")
-    temporary = Keeper()
-    return temporary, Path(temporary.name) / name

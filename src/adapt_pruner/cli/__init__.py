@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -36,24 +36,15 @@ from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memor
 __all__ = ["app", "main", "program"]
 
 
-def _without_types(parameters: Iterable[Any]) -> None:
-    """Change the parameters in place, so that --help shows no <bool> beside a flag."""
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-
-
 class _PlainHelp:
     """Show no <bool> beside a flag in --help."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _without_types(self.params)  # type: ignore[attr-defined]
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        _without_types([option])
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
 
 
 class _Group(_PlainHelp, TyperGroup):

@@ -4,7 +4,6 @@ The help of such an option is the argument's line in the function's docstring. W
 command itself; if it has the name of one of the function's, it takes its place.
 """
 
-import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -55,14 +54,9 @@ def options_of(function: Callable[..., Any], *, without: str = "") -> Callable[[
         }
         order = dict.fromkeys([*arguments, *own_arguments])
         parameters = [each for name in order if (each := own_arguments.get(name) or made.get(name)) is not None]
-
-        @functools.wraps(command)
-        def called(**options: Any) -> None:
-            command(**options)
-
-        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        called.__annotations__ = {each.name: each.annotation for each in parameters}
-        return called
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        return command
 
     return decorated
 

@@ -152,7 +152,7 @@ def shrink(
     if as_json:
         print(to_json(figures | {"path": str(model)}))
         return
-    _print_run(figures)
+    _print_run(figures, f", trained on {compact(figures['trained_tokens'])} tokens,")
     print(f"saved {model}; its report is {output / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: {typed('chat', model)}")
     if isinstance(recipe.evaluation.source, str):
@@ -234,8 +234,7 @@ def run(
     print(f"saved {model}; the log is {run_dir / 'log.jsonl'}{report}")
 
 
-def _print_run(figures: Mapping[str, Any]) -> None:
-    trained = f", trained on {compact(figures['trained_tokens'])} tokens," if figures.get("trained_tokens") else ""
+def _print_run(figures: Mapping[str, Any], trained: str = "") -> None:
     before, after = millions(figures["params_before"]), millions(figures["params_after"])
     print(f"{before} → {after} parameters{trained} in {span(figures['seconds'])}")
     if "nonzero_after" in figures:
