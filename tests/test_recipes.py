@@ -160,8 +160,8 @@ def test_best_stands_for_a_method_with_a_version() -> None:
 ])  # fmt: skip
 def test_what_an_option_has_set_is_not_set_again(asked: dict[str, Any], override: str, said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
-        to_prune({"model": "x", "budget": "80%", "seed": 0} | asked, overrides=[override])
-    assert to_prune({"model": "x", "budget": "80%", "seed": 0}, overrides=["seed=3"]).seed == 3, "nobody gave another"
+        to_prune({"model": "x", "budget": "80%"} | asked, overrides=[override])
+    assert to_prune({"model": "x", "budget": "80%", "seed": None}, overrides=["seed=3"]).seed == 3, "nobody gave another"
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "lost"), [

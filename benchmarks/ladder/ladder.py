@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from jobs import Job, Ladder
 from reporting import write_report
+from transformers.utils import logging
 
 from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.locks import locked
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.screen import quiet_libraries
 
 _GLANCE = 2.0  # seconds until a process that has nothing to do looks again
 
@@ -88,7 +88,8 @@ def _in_processes(plan: str, folder: Path, processes: int, ladder: Ladder) -> No
 def work(ladder: Ladder, jobs: Sequence[Job]) -> None:
     """Do the jobs that have no result and that no other process is at, until all have one."""
     torch.set_num_threads(1)
-    quiet_libraries()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     while undone := [job for job in jobs if ladder.result(job) is None]:
         if not any(_tried(ladder, job, jobs) for job in undone):
             time.sleep(_GLANCE)

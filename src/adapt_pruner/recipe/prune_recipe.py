@@ -9,14 +9,12 @@ from adapt_pruner.recipe.schema import Recipe, read
 
 __all__ = ["to_prune"]
 
-_DEFAULTS = {"seed": 0, "device": "auto", "dtype": "auto"}  # options that always have a value
-
 
 def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that prunes a model once and does not train.
 
     Args:
-        asked: dotted key of a recipe -> value; None if the user did not set it.
+        asked: dotted key of a recipe -> value; None if the user set none but the default.
         overrides: further keys as `KEY=VALUE`, as `recipe.read` takes them.
 
     Raises:
@@ -27,7 +25,7 @@ def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Reci
         raise UsageError(
             f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"
         )
-    refuse_set_twice([key for key, value in given.items() if _DEFAULTS.get(key, ...) != value], overrides)
+    refuse_set_twice(given, overrides)
     recipe = read({}, values=given, overrides=overrides)
     if recipe.makes_zeros and not recipe.sparsity:
         raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")

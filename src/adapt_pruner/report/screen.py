@@ -28,7 +28,7 @@ from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
 from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.notebook import WIDTH, displayed
 
-__all__ = ["Screen", "quiet_libraries", "screen"]
+__all__ = ["Screen", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
 _TOLD_EVERY = 0.25  # the same, for lines of JSON
@@ -36,16 +36,6 @@ _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BAR = 12  # fewest columns of a bar; with less room there is no bar
 _WIDEST = 40  # most columns of a bar
 _WIDE = 110  # columns of a terminal from which phase and bar share a line
-
-
-def quiet_libraries() -> None:
-    """Keep bars and notices of transformers off the screen; errors still appear."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @contextmanager
