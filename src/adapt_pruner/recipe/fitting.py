@@ -101,7 +101,7 @@ def _check_chosen(recipe: "Recipe") -> None:
     """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
     chooser, needs = recipe.chooser.partition("(")[0], parts.needs("chooser", recipe.chooser)
     drops = "whole" in needs
-    if recipe.distance is None and "distance" in needs:
+    if recipe.distance is None and "distance" in needs & parts.reads("reduce", recipe.reduce):
         raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
     whole = [kind for kind in recipe.axes if kind in WHOLE]
     if drops and not whole:
@@ -134,7 +134,7 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     part = f"reduce {recipe.reduce.partition('(')[0]!r}"
     add(sorted((CHOICE | {"solver"}) - reads), f"{part} does not read it")
     if not chosen:
-        add(("distance", "amplitude"), f"{part} does not read it")
+        add(("amplitude",), f"{part} does not read it")
     chooser = f"chooser {recipe.chooser.partition('(')[0]!r} does not read it"
     add([key for key in ("step", "amplitude") if not parts.takes("chooser", recipe.chooser, key)], chooser)
     if "distance" not in parts.needs("chooser", recipe.chooser):

@@ -47,7 +47,7 @@ _EPS = 1e-7
 @part(
     "reduce",
     needs={"chosen", "text", "all its time"},
-    reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
+    reads={"axes", "metric", "distance", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
 )
 class PolicyGradient(Units):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
