@@ -173,6 +173,11 @@ def events() -> tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]:
     return heard, heard.append
 
 
+def as_dicts(listen: Callable[[dict[str, Any]], Any]) -> Callable[[Any], None]:
+    """A listener of the package that passes events on as plain dicts, as `ap.*` does."""
+    return lambda event: listen(event.to_dict())
+
+
 def in_two_processes(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> Any:
     """What `work` gives in the second of two processes: they take turns in one, the first leaving what it would have sent."""
     sent: list[torch.Tensor] = []
@@ -223,7 +228,7 @@ def break_off(recipe: Any, run_dir: Path, *, kind: str, nth: int) -> None:
             raise _Killed
 
     with pytest.raises(_Killed):
-        run(recipe, run_dir, listen=kill)
+        run(recipe, run_dir, listen=as_dicts(kill))
 
 
 def assert_same_model(one: Path, other: Path) -> None:

@@ -16,7 +16,7 @@ from adapt_pruner.evaluate.answer import PROMPTS, answer
 from adapt_pruner.report import page, with_card
 from adapt_pruner.report.record import read_record
 from adapt_pruner.run import results
-from conftest import read_json
+from conftest import as_dicts, read_json
 from test_cli import ask
 from test_report import Seen, small_recipe
 
@@ -82,7 +82,7 @@ def test_a_model_that_cannot_answer_is_no_error(
     monkeypatch.setattr(results, "answer", ruined)
     told: list[dict[str, Any]] = []
     asked = recipe.read({"method": "random", "model": str(tiny_folder), "budget": "80%", "evaluation": {"prompts": ["Line"]}})
-    outcome = with_card.prune(asked, tmp_path / "out", listen=told.append)
+    outcome = with_card.prune(asked, tmp_path / "out", listen=as_dicts(told.append))
     assert "answers" not in outcome.figures
     warned = [event["message"] for event in told if event["event"] == "warning"]
     assert warned == ["the prompts were not answered: no answer can be read from logits of nan"] * 2

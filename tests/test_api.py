@@ -357,7 +357,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError("pass --trust-remote-code if you trust it")
 
-    for home in ("run.start", "compare.models", "export.proof", "report.with_card", "api.measuring"):
+    for home in ("run.start", "compare.models", "export.verify", "report.with_card", "api.measuring"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),
@@ -422,12 +422,12 @@ def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> Non
     with heard(None, progress=False) as tell:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         with pytest.warns(UserWarning, match="^window of 9 is long$"):
-            tell(Warned(message="--window of 9 is long").to_dict())
+            tell(Warned(message="--window of 9 is long"))
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
     heard_of: list[dict[str, Any]] = []
     with warnings.catch_warnings(), heard(heard_of.append, progress=False) as tell:
         warnings.simplefilter("error")
-        tell(Warned(message="told").to_dict())
+        tell(Warned(message="told"))
     assert heard_of == [{"event": "warning", "message": "told"}]
 
 

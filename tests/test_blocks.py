@@ -24,7 +24,7 @@ from adapt_pruner.score import blocks
 from adapt_pruner.score.calibrate import mean_loss, score
 from adapt_pruner.score.weights import magnitude, taylor
 from adapt_pruner.train.kernels import kernels
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import LAYOUTS, VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
 from test_rotate import floor_of
 
 GONE = Mask({f"layers.{name}": torch.tensor([False]) for name in ("0.attentions", "1.mlps")})
@@ -194,7 +194,7 @@ def test_a_run_that_trains_goes_on_to_the_same_model(folder: Path, text_file: Pa
 
     whole = run(asked, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(asked, tmp_path / "stopped", listen=stop)
+        run(asked, tmp_path / "stopped", listen=as_dicts(stop))
     went_on = run(asked, tmp_path / "stopped")
     assert whole is not None
     assert went_on is not None

@@ -231,7 +231,7 @@ def test_a_small_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch, ask: Any, 
         def fails(*_: Any, error: Exception = error, **__: Any) -> None:
             raise error
 
-        monkeypatch.setattr(loading, "_model_class", lambda *_, fails=fails: (type("M", (), {"from_pretrained": fails}), {}))
+        monkeypatch.setattr(loading, "model_class", lambda *_, fails=fails: (type("M", (), {"from_pretrained": fails}), {}))
         status, _, err = ask("inspect", folder)
         assert (status, "error: out of memory;" in one_sentence(err)) == (1, True), err
 

@@ -22,7 +22,7 @@ from adapt_pruner.export import gguf as gguf_form
 from adapt_pruner.export.loading import loading, no_gguf
 from adapt_pruner.report import with_card
 from adapt_pruner.report.card import _command, _entries, card, card_of, write_card
-from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
 export_package = importlib.import_module("adapt_pruner.export")  # the name in the package is the function
@@ -108,7 +108,7 @@ def test_a_text_asked_for_on_the_way_says_nothing_of_the_start(tiny_folder: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        with_card.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=stop)
+        with_card.run(recipe.read({"model": str(tiny_folder)}, values=values), tmp_path / "run", listen=as_dicts(stop))
     values |= {"evaluation.source": str(text_file), "evaluation.window": 32, "evaluation.max_windows": 4}
     asked = recipe.read({"model": str(tiny_folder)}, values=values)
     outcome = with_card.run(asked, tmp_path / "run", force_recipe=True)
@@ -622,7 +622,7 @@ def test_a_card_that_fails_costs_no_model(tiny_folder: Path, tmp_path: Path, mon
     monkeypatch.setattr("adapt_pruner.report.card.card", lambda *others, **more: 1 / 0)
     heard: list[dict[str, Any]] = []
     asked = recipe.read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all"})
-    with_card.prune(asked, tmp_path / "small", listen=heard.append)
+    with_card.prune(asked, tmp_path / "small", listen=as_dicts(heard.append))
     assert load(str(tmp_path / "small")).mask is not None
     (said,) = [event["message"] for event in heard if event["event"] == "warning"]
     assert said.endswith(f"division by zero; `adapt-pruner card {tmp_path / 'small'}` tries again")

@@ -12,7 +12,7 @@ from adapt_pruner.core.model.axes import Axis, Gate, Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters, parse_count
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import read
+from adapt_pruner.recipe import parts, read
 from adapt_pruner.reduce.choose.allocate import Debt, adaptive, advance, layer_importance, uniform
 from adapt_pruner.work import Work
 from conftest import tiny_model
@@ -43,6 +43,40 @@ def test_importance_is_centred_and_scaled_to_one() -> None:
     # mean -0.7; deviations -0.3, -0.2, 0.5; over 0.5
     assert found == pytest.approx([-0.6, -0.4, 1.0], abs=1e-6)
     assert layer_importance(torch.tensor([0.3, 0.3, 0.3])) == [0.0, 0.0, 0.0]
+
+
+def test_importance_on_a_log_scale() -> None:
+    """log(0.001, 0.01, 1) is -6.9, -4.6, 0: where distances differ by their scale, the middle layer no longer counts as the lowest."""
+    found = layer_importance(torch.tensor([0.001, 0.01, 1.0]), scale="log")
+    logs = [math.log(value) for value in (0.001, 0.01, 1.0)]
+    mean = sum(logs) / 3
+    assert found == pytest.approx([(value - mean) / -mean for value in logs], abs=1e-6)
+    assert layer_importance(torch.tensor([0.001, 0.01, 1.0]))[1] < -0.49 < found[1]
+    # A distance of 0 counts as a thousandth of the largest; of zeros alone nothing is known.
+    assert layer_importance(torch.tensor([0.0, 0.01, 1.0]), scale="log") == pytest.approx(found, abs=1e-6)
+    assert layer_importance(torch.zeros(3), scale="log") == [0.0, 0.0, 0.0]
+    assert layer_importance(torch.tensor([5e-4, 5e-3, 0.5]), scale="log") == pytest.approx(found, abs=1e-6), "its unit is nothing"
+
+
+def test_a_log_scale_refuses_distances_below_zero() -> None:
+    axes = toy_axes((100, 100))
+    with pytest.raises(
+        UsageError, match=r"needs distances of 0 or more, and the lowest is -0.99; set distance=blocks.block_infl"
+    ):
+        adaptive(
+            toy_scores(axes, [-0.99, -0.1]), axes, Budget(0, size_of(axes)), debt=Debt.none(axes), step=0.1, amplitude=0.1,
+            scale="log",
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("chooser", "gone"), [("allocate.adaptive", [0.0306, 0.0294, 0]), ("allocate.adaptive(scale=log)", [0.04, 0.0191, 0.0009])]
+)
+def test_a_recipe_may_take_the_log_of_distances(chooser: str, gone: list[float]) -> None:
+    axes = toy_axes((10_000, 10_000, 10_000))
+    choose = parts.bind("chooser", read({"chooser": chooser}).chooser, step=0.02, amplitude=0.02)
+    _, debt = choose(toy_scores(axes, [0.001, 0.04, 0.99]), axes, Budget(0, size_of(axes)), debt=Debt.none(axes))
+    assert [debt.sparsity[axis.name] for axis in axes] == pytest.approx(gone, abs=1e-4)
 
 
 def test_one_adaptive_step_by_hand() -> None:
@@ -77,6 +111,26 @@ def test_amplitude_zero_is_uniform() -> None:
     assert one == other
 
 
+@pytest.mark.parametrize("keep", [2_000_000, 1_200_000, 400_000])
+def test_heads_of_uniform_wait_as_those_of_adaptive_do(keep: int) -> None:
+    """So what adaptive gains over the first layer whole is due to its shares, and not to when heads go."""
+    axes = toy_axes((30_000, 60_000, 90_000), (300, 300, 300))
+    budget, ends = Budget(keep=keep, total=size_of(axes)), {}
+    for name, first in (("whole", 1), ("shared", 0)):
+        debt = Debt.none(axes)
+        paying = [axis for axis in axes if axis.layer != 0] if first else axes
+        alike = adaptive(
+            toy_scores(axes, [0.0] * 3), paying, budget, debt=Debt.none(paying), step=1, amplitude=0, heads_after=0.5
+        )[0]
+        sizes, _ = uniform({}, axes, budget, debt=debt, step=1, first=first, heads_after=0.5)
+        assert sizes == {axis.name: axis.size for axis in axes} | alike
+        ends[name] = sizes
+    assert ends["whole"]["layers.0.neurons"] == 30_000
+    assert ends["shared"]["layers.0.neurons"] < 30_000
+    lost = 1 - ends["shared"]["layers.2.neurons"] / 90_000
+    assert (ends["shared"]["layers.2.kv_heads"] < 300) == (lost > 0.51)
+
+
 def test_a_head_goes_once_a_whole_one_is_owed() -> None:
     """With 3 heads and steps of 0.02 the first goes at step 17 (0.34 ≥ 1/3): the debt is carried until then."""
     axes = toy_axes((1000,), (3,))
@@ -109,16 +163,11 @@ def test_heads_that_are_spared_begin_when_a_share_of_the_neurons_is_gone(heads_a
 @pytest.mark.parametrize("value", [1, -0.1, True, float("nan")])
 def test_a_share_that_is_none_is_refused(value: Any) -> None:
     axes = toy_axes((100,), (3,))
-    with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.adaptive is not a share"):
-        adaptive(
-            toy_scores(axes, [0.0]),
-            axes,
-            Budget(0, size_of(axes)),
-            debt=Debt.none(axes),
-            step=0.1,
-            amplitude=0,
-            heads_after=value,
-        )
+    for chooser, more in ((adaptive, {"amplitude": 0}), (uniform, {})):
+        with pytest.raises(UsageError, match=rf"heads_after={value} of allocate.{chooser.__name__} is not a share"):
+            chooser(
+                toy_scores(axes, [0.0]), axes, Budget(0, size_of(axes)), debt=Debt.none(axes), step=0.1, heads_after=value, **more
+            )
 
 
 def test_a_debt_reset_each_stage_never_takes_a_head() -> None:

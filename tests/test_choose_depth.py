@@ -23,7 +23,7 @@ from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Work
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import LAYOUTS, VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
 from test_choose import NEURON, toy_axes
 
 NORMS = 7  # parameters of a layer that lie on no axis
@@ -216,7 +216,7 @@ def test_whole_runs(axes: list[str], step: float, recipe: Recipe, tmp_path: Path
 
 def test_the_layers_that_turn_their_input_least_go(recipe: Recipe, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
-    mask = prune(recipe, tmp_path / "out", listen=heard.append).mask
+    mask = prune(recipe, tmp_path / "out", listen=as_dicts(heard.append)).mask
     distances = next(event["distances"] for event in heard if event["event"] == "cut")
     gone = (~mask["layers"]).nonzero().flatten().tolist()
     assert sorted(range(6), key=lambda i: distances[i])[: len(gone)] == sorted(gone, key=lambda i: distances[i])
@@ -225,7 +225,7 @@ def test_the_layers_that_turn_their_input_least_go(recipe: Recipe, tmp_path: Pat
 def test_the_attentions_that_turn_the_stream_least_go(recipe: Recipe, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     asked = read(recipe.model_dump() | {"axes": ["attentions"], "distance": "blocks.block_influence", "budget": "90%"})
-    mask = prune(asked, tmp_path / "out", listen=heard.append).mask
+    mask = prune(asked, tmp_path / "out", listen=as_dicts(heard.append)).mask
     worth = next(event["blocks"] for event in heard if event["event"] == "cut")
     assert len(worth) == 6
     gone = [name for name in mask if not mask[name].any()]
@@ -237,7 +237,7 @@ def test_the_attentions_that_turn_the_stream_least_go(recipe: Recipe, tmp_path: 
 def test_a_distance_with_passes_of_its_own_ranks_alone(axes: list[str], recipe: Recipe, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
     asked = read(recipe.model_dump() | {"distance": "blocks.loss_drop", "axes": axes})
-    outcome = prune(asked, tmp_path / "out", listen=heard.append)
+    outcome = prune(asked, tmp_path / "out", listen=as_dicts(heard.append))
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
     cut = next(event for event in heard if event["event"] == "cut")
     worth: dict[Any, float] = dict(enumerate(cut["distances"])) if axes == ["layers"] else cut["blocks"]
@@ -269,7 +269,7 @@ def test_a_run_in_stages_that_is_stopped_goes_on_to_the_same_model(recipe: Recip
 
     whole = run(asked, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(asked, tmp_path / "stopped", listen=stop)
+        run(asked, tmp_path / "stopped", listen=as_dicts(stop))
     went_on = run(asked, tmp_path / "stopped")
     assert whole is not None
     assert went_on is not None

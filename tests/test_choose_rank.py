@@ -22,7 +22,7 @@ from adapt_pruner.report.with_card import prune
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.work import Work
-from conftest import LAYOUTS, tiny_model
+from conftest import LAYOUTS, as_dicts, tiny_model
 from test_choose import HEAD, NEURON, after, size_of, toy_axes
 
 STRUCTURES: list[dict[str, Any]] = [
@@ -354,7 +354,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(written: str, said: str,
     asked = {"model": str(tiny_folder), "budget": "80%", "metric": "weights.magnitude", "head_metric": None, "chooser": written}
     heard: list[dict[str, Any]] = []
     with pytest.raises(UsageError, match=said):
-        prune(read(asked | {"distance": None, "device": "cpu"}), tmp_path / "out", listen=heard.append)
+        prune(read(asked | {"distance": None, "device": "cpu"}), tmp_path / "out", listen=as_dicts(heard.append))
     assert {event["event"] for event in heard} <= {"load", "loaded"}
     assert not (tmp_path / "out").exists()
 

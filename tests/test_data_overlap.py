@@ -13,7 +13,7 @@ from adapt_pruner.data.sources import documents
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.report.with_card import prune, run
-from conftest import byte_tokenizer
+from conftest import as_dicts, byte_tokenizer
 
 
 @pytest.fixture
@@ -223,6 +223,6 @@ def test_a_run_that_measures_its_calibration_ids_is_told(tiny_folder: Path, text
         "model": str(tiny_folder), "budget": "90%", "method": "wanda-sp", "calibration": {"ids": str(tmp_path / "ids.json")},
         "evaluation": {"source": str(text_file), "window": 64, "max_windows": 4},
     }  # fmt: skip
-    prune(read(asked), tmp_path / "out", listen=heard.append)
+    prune(read(asked), tmp_path / "out", listen=as_dicts(heard.append))
     said = [event["message"] for event in heard if event["event"] == "warning"]
     assert [message for message in said if "1 of 2 sequences share text with" in message]

@@ -1,5 +1,6 @@
 """A run that has to end in time: training ends early and its learning rate with it, and pruning takes what is left in one cut."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from adapt_pruner.core.events import Start
+from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.report.with_card import run
@@ -17,8 +19,8 @@ from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.pace import Pace
-from adapt_pruner.work import RunData, Work
-from conftest import assert_same_model, read_json, tiny_model, train
+from adapt_pruner.work import RunData, Stage, Work
+from conftest import as_dicts, assert_same_model, read_json, tiny_model, train
 
 
 class Clock:
@@ -80,10 +82,10 @@ def test_a_run_that_goes_on_begins_at_its_pace_so_far(recipe: Recipe, tmp_path: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(timed, tmp_path / "run", listen=stop)
+        run(timed, tmp_path / "run", listen=as_dicts(stop))
     steps.clear()
     monkeypatch.setattr(Trainer, "_expected", lambda trainer, left: 4 * 512.0)
-    run(timed, tmp_path / "run", listen=lambda event: steps.extend([event] * (event["event"] == "step")))
+    run(timed, tmp_path / "run", listen=as_dicts(lambda event: steps.extend([event] * (event["event"] == "step"))))
     assert steps[0]["step"] == 3
     assert steps[0]["lr"] == pytest.approx(3e-3 * (1 - (2.5 / 4 - 0.5) / 0.5))
 
@@ -135,7 +137,7 @@ def test_training_beyond_the_end_of_a_stage_is_kept(recipe: Recipe, tmp_path: Pa
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(recipe, out, listen=listen, **how)
+            run(recipe, out, listen=as_dicts(listen), **how)
         (left,) = (out / "checkpoints").iterdir()
         return left.name
 
@@ -183,6 +185,13 @@ def slowly(monkeypatch: pytest.MonkeyPatch, *, each: float) -> None:
     monkeypatch.setattr(Work, "elapsed", property(lambda work: each * next(passed)))
 
 
+def ticking(monkeypatch: pytest.MonkeyPatch, *, each: float) -> None:
+    """Let every look at the clock take so many seconds."""
+    now = time.perf_counter()
+    looks = iter(range(10**9))
+    monkeypatch.setattr(time, "perf_counter", lambda: now + each * next(looks))
+
+
 def test_with_time_to_spare_a_deadline_changes_nothing(recipe: Recipe, tmp_path: Path) -> None:
     run(recipe, tmp_path / "without")
     run(recipe.model_copy(update={"minutes": 60.0}), tmp_path / "with")
@@ -192,7 +201,7 @@ def test_with_time_to_spare_a_deadline_changes_nothing(recipe: Recipe, tmp_path:
 def test_a_run_that_is_late_trains_less_and_says_so(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[dict[str, Any]] = []
     slowly(monkeypatch, each=1.0)
-    outcome = run(recipe.model_copy(update={"minutes": 0.5}), tmp_path / "run", listen=heard.append)
+    outcome = run(recipe.model_copy(update={"minutes": 0.5}), tmp_path / "run", listen=as_dicts(heard.append))
     assert outcome is not None
     steps = [event for event in heard if event["event"] == "step"]
     assert 3 <= len(steps) < 12
@@ -210,7 +219,11 @@ def test_fewer_tokens_than_lie_ready_are_no_news_if_no_more_were_expected(
         slowly(monkeypatch, each=1.0)
         heard: list[dict[str, Any]] = []
         training = recipe.training.model_copy(update={"expected": expected})
-        run(recipe.model_copy(update={"minutes": 0.5, "training": training}), tmp_path / str(expected), listen=heard.append)
+        run(
+            recipe.model_copy(update={"minutes": 0.5, "training": training}),
+            tmp_path / str(expected),
+            listen=as_dicts(heard.append),
+        )
         assert sum(event["event"] == "warning" for event in heard) == warned
         (start,) = [event for event in heard if event["event"] == "start"]
         assert start["training_tokens"] == expected
@@ -230,7 +243,7 @@ def test_what_is_not_pruned_at_half_of_the_time_goes_in_one_cut(
 
     monkeypatch.setattr(parts, "bind", watched)
     slowly(monkeypatch, each=10.0)
-    outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=heard.append)
+    outcome = run(recipe.model_copy(update={"minutes": 0.4}), tmp_path / "run", listen=as_dicts(heard.append))
     assert outcome is not None
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
     assert asked[-1] == (1.0, pytest.approx(recipe.amplitude / recipe.step)), "layers keep their shares in the last cut"
@@ -258,6 +271,51 @@ def test_a_deadline_is_not_for_searches(method: str, recipe: Recipe) -> None:
         read({"method": method, "model": recipe.model, "minutes": 5, "budget": "70%"})
 
 
-def test_a_deadline_is_of_one_stage(recipe: Recipe) -> None:
-    with pytest.raises(UsageError, match="minutes 5 needs a run of one stage, and stages is 3; set stages to 1"):
-        read(recipe.model_dump() | {"stages": 3, "minutes": 5})
+def test_stages_share_the_time_as_they_share_the_tokens(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more tokens lie ready than fit: each stage trains for its share of the time, and the last one ends in time."""
+    ticking(monkeypatch, each=0.3)
+    training = recipe.training.model_dump() | {"tokens": 30_000, "shards": [1, 1, 2]}
+    timed = read(recipe.model_dump() | {"stages": 3, "minutes": 1.0, "training": training, "budget": "85%"})
+    steps: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    outcome = run(timed, tmp_path / "run", listen=lambda event: steps.extend([event] * (event["event"] == "step")))
+    assert time.perf_counter() - began < 63
+    assert outcome is not None
+    numbers = [sum(step["stage"] == stage for step in steps) for stage in (1, 2, 3)]
+    assert 20 < sum(numbers) < 50, "of 59 steps that are prepared"
+    assert [number / sum(numbers) for number in numbers] == pytest.approx([0.25, 0.25, 0.5], abs=0.09)
+    # One curve spans all stages: it is flat until the last stage, and has come down at the end.
+    rates = [step["lr"] for step in steps]
+    assert rates[sum(numbers[:2]) // 2] == pytest.approx(3e-3)
+    assert rates[-1] < 0.2 * 3e-3
+
+
+def test_time_is_kept_for_the_cuts_to_come(recipe: Recipe) -> None:
+    """Two thirds of the parameters have taken 20 s to remove, so the last third takes 10 s, which no earlier stage may use up."""
+    timed = read(recipe.model_dump() | {"stages": 3, "minutes": 2.0, "budget": "70%"})
+    work = Work.of(tiny_model(), timed)
+    work.stages = [Stage(1, 900, 1, 0, 100, 1), Stage(2, 800, 1, 0, 100, 1), Stage(3, 700, 1, 0, 200, 1)]
+    work.budget = Budget(keep=700, total=1_000)
+    trainer = Trainer(work)
+    work.state.spent |= {"score": 12.0, "repair": 6.0, "cut": 2.0, "train": 30.0}
+    work._earlier, work.started = 50.0, time.perf_counter()
+    left = {}
+    for stage in (1, 2, 3):
+        work.state.stage = stage
+        left[stage] = trainer._seconds_left(), trainer._stage_seconds_left()
+    after = 3.0  # to write the result
+    assert [seconds for seconds, _ in left.values()] == pytest.approx(
+        [120 - 50 - after - 2 * 20, 120 - 50 - after - 10, 120 - 50 - after], abs=0.1
+    )
+    # By the end of stage 2, half of the training is to be done: of 30 s and those that are left.
+    assert left[2][1] == pytest.approx((30 + 57) / 2 - 30, abs=0.1)
+    assert left[3] == pytest.approx((67, 67), abs=0.1)
+
+
+def test_training_between_cuts_does_not_count_as_pruning(recipe: Recipe) -> None:
+    """More than half of the minutes are over, but most of them went into training, so cuts stay small."""
+    work = Work.of(tiny_model(), read(recipe.model_dump() | {"stages": 3, "minutes": 1.0}))
+    work._earlier, work.started = 40.0, time.perf_counter()
+    assert work.step == 1.0
+    work.state.spent["train"] = 30.0
+    assert work.step == 0.1

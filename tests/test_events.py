@@ -140,7 +140,7 @@ def test_a_new_event_is_its_class(tmp_path: Path) -> None:
     shown = Screen(Console(file=io.StringIO(), width=100))
     folder = RunFolder(tmp_path)
     folder._begun = True
-    for told in (Moon(phase=0.5).to_dict(), Cloud().to_dict()):
+    for told in (Moon(phase=0.5), Cloud()):
         shown(told)
         folder.log(told)
     assert shown._console.file.getvalue() == "the moon is at 0.5\n"  # type: ignore[attr-defined]

@@ -24,8 +24,9 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import export, proof
+from adapt_pruner.export import export
 from adapt_pruner.export import onnx as onnx_form
+from adapt_pruner.export import verify as proof
 from adapt_pruner.export.loading import no_gguf
 from adapt_pruner.export.padding import LayerSizes, layer_sizes, padded_weights
 from adapt_pruner.export.verify import TOLERANCES, _failures, opened, tolerance_for, verify
@@ -154,8 +155,8 @@ def test_padding_moves_query_heads_to_the_kv_head_that_they_read() -> None:
     state = padded_weights(model, [LayerSizes(4, 3, 50)] * 3)
     now, head_dim = layer_sizes(model)[1], 8
     wide = state["model.layers.1.self_attn.q_proj.weight"].view(4, 3, head_dim, -1)
-    narrow = model.model.layers[1].self_attn.q_proj.weight.view(now.kv_heads, now.group, head_dim, -1)
-    assert torch.equal(wide[: now.kv_heads, : now.group], narrow)
+    narrow = model.model.layers[1].self_attn.q_proj.weight.view(now.kv_heads, now.query_heads, head_dim, -1)
+    assert torch.equal(wide[: now.kv_heads, : now.query_heads], narrow)
     assert int(wide.count_nonzero()) == int(narrow.count_nonzero())
     with pytest.raises(ValueError, match="layer 0 has"):
         padded_weights(model, [LayerSizes(1, 1, 50)] * 3)

@@ -17,7 +17,7 @@ from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.report import with_card
-from conftest import VOCAB, byte_tokenizer, tiny_model
+from conftest import VOCAB, as_dicts, byte_tokenizer, tiny_model
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_layers_in_the_middle_go_with_a_warning_or_in_the_pattern(
         }
     )  # fmt: skip
     heard: list[dict[str, Any]] = []
-    write(recipe, tmp_path / "out", listen=heard.append)
+    write(recipe, tmp_path / "out", listen=as_dicts(heard.append))
     result = tmp_path / "out" if write is with_card.prune else tmp_path / "out" / "model"
     model, ids = load(str(result)).model, torch.randint(3, VOCAB, (1, 40), generator=torch.Generator().manual_seed(1))
     assert model.config.num_hidden_layers == stays

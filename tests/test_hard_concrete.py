@@ -20,7 +20,7 @@ from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold,
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.work import Work
-from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
+from conftest import LAYOUTS, as_dicts, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 
 
 def test_a_draw_is_open_as_often_as_is_expected() -> None:
@@ -215,7 +215,7 @@ def test_layers_of_unequal_size_are_refused_before_any_work_but_may_be_trained(
     heard: list[dict[str, Any]] = []
     measured = {"evaluation": {"source": str(text_file), "window": 32, "max_windows": 2}}
     with pytest.raises(UsageError, match="needs layers of equal size, and the .* of this model differ"):
-        run(recipe_of(tmp_path / "uneven", text_file, **measured), tmp_path / "run", listen=heard.append)
+        run(recipe_of(tmp_path / "uneven", text_file, **measured), tmp_path / "run", listen=as_dicts(heard.append))
     assert {event["event"] for event in heard} <= {"load", "loaded"}
     run(recipe_of(tmp_path / "uneven", text_file, budget="100%", checkpoint_minutes=60), tmp_path / "trained")
     assert log_of(tmp_path / "trained", "step")

@@ -14,7 +14,7 @@ from adapt_pruner.core.system.processes import deferred
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop, resume, training
-from conftest import assert_same_model, log_of, read_json
+from conftest import as_dicts, assert_same_model, log_of, read_json
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_an_interrupted_run_keeps_the_step_it_was_in(sent: signal.Signals, recip
             os.kill(os.getpid(), sent)
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "run", listen=listen)
+        run(recipe, tmp_path / "run", listen=as_dicts(listen))
     assert max(event["step"] for event in heard if event["event"] == "step") == 3
     assert heard[-1]["event"] == "interrupted"
     assert heard[-1]["message"].startswith(f"the last complete checkpoint is {tmp_path}/run/checkpoints/stage-1-step-3; the same")
@@ -133,7 +133,7 @@ def test_an_error_after_training_loses_no_training_and_is_the_one_that_is_raised
         patch.setattr(at, place, failing)
         if full:
             patch.setattr(resume, "save_state", save_state)
-        run(recipe, tmp_path / "run", listen=heard.append)
+        run(recipe, tmp_path / "run", listen=as_dicts(heard.append))
     newest = tmp_path / "run" / "checkpoints" / ("stage-1-pruned" if full else "stage-1")
     assert heard[-1]["message"].startswith(f"the last complete checkpoint is {newest}; the same command")
     assert_ends_like_a_whole_run(recipe, tmp_path)

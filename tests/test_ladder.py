@@ -147,7 +147,7 @@ def test_arms_of_one_plan_are_compared_with_those_of_another(modules: Any, ladde
     named = ladder.jobs("long")
     said = reporting.write_report(ladder.results_of({"X"}), ladder.table, tmp_path / "report", plan="long", jobs=named)
     assert f"3 of {len(named)} jobs of the plan `long` are done" in said
-    assert "| Removal between steps beats one cut | X | 1 | 3 | +0.1000 |" in (tmp_path / "report" / "ladder.md").read_text()
+    assert "| Removal between steps beats one cut | X | 1 | 1 | 3 | +0.1000 |" in (tmp_path / "report" / "ladder.md").read_text()
 
 
 def results_of(arms: dict[str, list[float]], *, at: float = 1) -> list[dict[str, Any]]:
@@ -158,20 +158,41 @@ def results_of(arms: dict[str, list[float]], *, at: float = 1) -> list[dict[str,
     ]  # fmt: skip
 
 
-def test_a_verdict_is_of_pairs_and_says_when_it_cannot_tell(modules: Any) -> None:
+@pytest.mark.parametrize(("t", "degrees", "p"), [
+    (12.706, 1, 0.05), (4.303, 2, 0.05), (2.776, 4, 0.05), (2.262, 9, 0.05), (2.228, 10, 0.05), (63.657, 1, 0.01), (4.604, 4, 0.01), (0, 7, 1),
+])  # fmt: skip
+def test_p_values_are_those_of_the_tables(t: float, degrees: int, p: float, modules: Any) -> None:
+    _, reporting, _ = modules
+    assert reporting.p_of(t, degrees) == pytest.approx(p, rel=2e-3)
+    assert reporting.p_of(-t, degrees) == reporting.p_of(t, degrees)
+
+
+def test_holm_corrects_tests_that_are_made_together(modules: Any) -> None:
+    """By hand: 0.01 · 4, 0.02 · 3, 0.03 · 2, 0.04 · 1, none below the one before it."""
+    _, reporting, _ = modules
+    assert reporting.holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert reporting.holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert reporting.holm([0.7, 0.8]) == [1.0, 1.0]
+    assert reporting.holm([]) == []
+
+
+def test_a_verdict_of_one_base_is_of_pairs_and_says_when_it_cannot_tell(modules: Any) -> None:
     _, reporting, _ = modules
     table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
     # seeds differ by far more than arms do; pairs tell
     found = reporting.judged(results_of({"b": [4.0, 4.5, 5.0], "u1": [4.031, 4.529, 5.030], "d5": [4.01, 4.49, 5.002]}), table)
     adaptive = found["Adaptive shares beat uniform ones after one cut and training", "S", 1]
-    assert (adaptive.verdict, len(adaptive.differences)) == ("true", 3)
+    assert (adaptive.verdict, len(adaptive.differences), adaptive.bases) == ("true", 3, 1)
     assert adaptive.mean == pytest.approx(0.030)
-    assert adaptive.half == pytest.approx(4.303 * 0.001 / math.sqrt(3))
+    assert adaptive.half == pytest.approx(4.303 * 0.001 / math.sqrt(3), rel=1e-3)
+    assert adaptive.p == pytest.approx(2 * reporting.p_of(0.030 / (0.001 / math.sqrt(3)), 2)), (
+        "of two tests the smaller counts twice"
+    )
     assert found["Interleaving in 5 stages beats one cut", "S", 1].verdict == "undecided"
     lost = reporting.judged(results_of({"b": [4.0, 4.5], "d5": [4.1, 4.6001]}), table)
     assert lost["Interleaving in 5 stages beats one cut", "S", 1].verdict == "false"
     alone = reporting.judged(results_of({"b": [4.0], "d5": [3.0, 3.1]}), table)["Interleaving in 5 stages beats one cut", "S", 1]
-    assert (alone.verdict, alone.differences) == ("undecided", [1.0]), "one pair decides nothing"
+    assert (alone.verdict, alone.differences) == ("undecided", (1.0,)), "one pair decides nothing"
     swept = [result | {"swept": True, "loss": 3.0} for result in results_of({"b": [4.0, 4.5]})]
     failed = [{"rung": "S", "base": 0, "arm": "b", "at": 1, "seed": 0, "error": "no space left"}]
     either = results_of({"b": [4.0, 4.5], "d5": [4.1, 4.6001]})
@@ -180,6 +201,47 @@ def test_a_verdict_is_of_pairs_and_says_when_it_cannot_tell(modules: Any) -> Non
     assert reporting.tables([*either, *failed], table)["failed"] == ["* S, base 0, b at 1, seed 0, failed: no space left"]
     untrained = reporting.judged(results_of({"b": [4.0, 4.1], "u1": [5.0, 5.1]}, at=0), table)
     assert list(untrained) == [("Adaptive shares beat uniform ones before training", "S", 0)]
+
+
+def test_of_several_bases_each_counts_once(modules: Any) -> None:
+    """Three seeds on one base agree to 0.001 nats, bases differ by 0.04: as nine pairs this would be sure, and it is not."""
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    name = ("Interleaving in 5 stages beats one cut", "S", 1)
+
+    def verdict(*gains: float) -> Any:
+        results = [
+            result | {"base": base}
+            for base, gain in enumerate(gains)
+            for result in results_of({"b": [4.0, 4.1, 4.2], "d5": [4.0 - gain, 4.1 - gain - 0.001, 4.2 - gain + 0.001]})
+        ]
+        return reporting.judged(results, table)[name]
+
+    spread = verdict(0.05, 0.01, 0.02)
+    assert spread.differences == pytest.approx([0.05, 0.01, 0.02])
+    assert (spread.bases, spread.pairs, spread.verdict) == (3, 9, "undecided")
+    assert spread.half == pytest.approx(4.303 * 0.020817 / math.sqrt(3), rel=1e-3)
+    assert verdict(0.05, 0.051, 0.052, 0.05, 0.049).verdict == "true"
+    assert verdict(-0.05, -0.051, -0.052).verdict == "false"
+    assert verdict(0.001, -0.001, 0.0005, 0.0, -0.0004).verdict == "level", "within 0.005 nats of each other"
+    assert verdict(0.004, 0.0041, 0.0042, 0.004, 0.004).verdict == "true", "a small difference that is sure"
+    assert verdict(0.012, -0.003, 0.004).verdict == "undecided"
+
+
+def test_what_only_seems_sure_among_many_tests_is_undecided(modules: Any) -> None:
+    """p is about 0.02 alone; of five tests on the rung it is 0.1."""
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    name = ("Interleaving in 5 stages beats one cut", "S", 1)
+    arms = {"b": [4.0] * 3, "d5": [3.99, 3.988, 3.9855]}
+    alone = reporting.judged(results_of(arms), table)[name]
+    assert (alone.verdict, 0.005 < alone.p < 0.05) == ("true", True)
+    others = {arm: [4.1, 3.9, 4.0] for arm in ("u1", "c5", "e1", "f")}
+    among = reporting.judged(results_of(arms | others), table)
+    assert among[name].verdict == "undecided"
+    assert among[name].p == pytest.approx(5 * alone.p)
+    elsewhere = [result | {"rung": "X"} for result in results_of({"b": [4.0] * 3, **others})]
+    assert reporting.judged([*results_of(arms), *elsewhere], table)[name].verdict == "true", "each rung has its tests"
 
 
 def test_tokens_saved_are_read_off_the_curve_from_scratch(modules: Any) -> None:

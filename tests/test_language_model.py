@@ -19,7 +19,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.reduce.propose.language_model import language_model, read_rates
 from adapt_pruner.reduce.propose.proposals import Candidate, Space
 from adapt_pruner.report.with_card import run
-from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
+from conftest import HANGS, VOCAB, as_dicts, byte_tokenizer, tiny_model
 
 NAMES = tuple(f"layers.{i}.neurons" for i in range(3))
 SPACE = Space(dict.fromkeys(NAMES, 20), {"neurons": NAMES}, {"neurons": 4}, dict.fromkeys(NAMES, 1), dict.fromkeys(NAMES, 40))
@@ -140,7 +140,7 @@ def test_a_whole_run_asks_a_server_or_a_model_of_its_own(
         "model": str(tiny_folder), "budget": "85%", "method": "self-pruner", "dtype": "float32", "device": "cpu", "reduce": f"search({options})",
         "calibration": {"source": str(text_file), "samples": 4, "length": 16},
     })  # fmt: skip
-    outcome = run(recipe, tmp_path / "run", listen=said.append)
+    outcome = run(recipe, tmp_path / "run", listen=as_dicts(said.append))
     assert outcome is not None
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
     warnings = [event["message"] for event in said if event["event"] == "warning"]

@@ -17,7 +17,7 @@ from adapt_pruner.reduce.units import prunable
 from adapt_pruner.report import with_card
 from adapt_pruner.run import forecast, latency
 from adapt_pruner.work import Work
-from conftest import read_json, tiny_model
+from conftest import as_dicts, read_json, tiny_model
 from test_cli import call
 
 COSTS = {"neurons": 3.0, "kv_heads": 40.0, "other": 400.0}
@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_does_not_measure_again(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        with_card.run(recipe, tmp_path / "run", listen=stopping)
+        with_card.run(recipe, tmp_path / "run", listen=as_dicts(stopping))
     broken: Callable[..., Any] = lambda *_, **__: pytest.fail("the dense model is gone")  # noqa: E731
     with monkeypatch.context() as patch:
         patch.setattr(latency, "table_of", broken)
@@ -251,9 +251,9 @@ def test_a_result_is_not_lost_with_its_last_figure(
     recipe = recipe_for(tiny_folder, text_file)
     if isinstance(failure, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
-            with_card.prune(recipe, tmp_path / "out", listen=heard.append)
+            with_card.prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
     else:
-        with_card.prune(recipe, tmp_path / "out", listen=heard.append)
+        with_card.prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
         (said,) = [event["message"] for event in heard if event["event"] == "warning"]
         assert said == "the latency of the pruned model could not be measured: no memory for a second model"
     assert load(str(tmp_path / "out")).mask is not None
@@ -269,7 +269,7 @@ def test_a_run_interrupted_at_its_last_figure_says_that_its_result_is_there(
     monkeypatch.setattr(latency, "measured", stop)
     heard: list[dict[str, Any]] = []
     with pytest.raises(KeyboardInterrupt):
-        with_card.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=heard.append)
+        with_card.run(recipe_for(tiny_folder, text_file), tmp_path / "run", listen=as_dicts(heard.append))
     result = tmp_path / "run" / "model"
     assert heard[-1] == {"event": "interrupted", "message": f"the result is complete in {result}", "path": str(result)}
     assert (tmp_path / "run" / "report.html").is_file()

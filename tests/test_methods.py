@@ -12,7 +12,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import methods, parts, read
+from adapt_pruner.recipe import differing, methods, parts, read
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.run.start import begin, prepare
 from conftest import VOCAB, byte_tokenizer, suited, tiny_model
@@ -138,3 +138,24 @@ def test_minitron_leaves_as_many_kv_groups_as_there_were(deep_folder: Path, text
     axes = families.axes(left)
     assert {axis.size for axis in axes if axis.kind == "kv_heads"} == {3}
     assert {axis.size for axis in axes if axis.kind == "query_heads"} == {1, 2}, "of two in a group"
+
+
+@pytest.mark.parametrize(("control", "of"), [("first-layer-whole", "adapt-pruner"), ("first-layer-whole-ls", "adaptive-ls-v1")])
+def test_the_control_of_shares_differs_in_shares_alone(
+    control: str, of: str, deep_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Same metric, heads, steps, repair and text; only its first layer stays whole, and the others stay alike."""
+    row, other = read({"method": control}), read({"method": of})
+    about = {"about", "paper", "method"}
+    assert set(differing(row, other)) - about - {"amplitude"} == {"chooser", "distance"}
+    waits = "heads_after=0.5" if "heads_after" in other.chooser else ""
+    assert row.chooser == f"allocate.uniform(first=1{', ' * bool(waits)}{waits})"
+    calibration = {"source": str(text_file), "samples": 4, "length": 32}
+    if row.repair is not None:
+        calibration["self_generated"] = 4
+    asked = {"model": str(deep_folder), "budget": "60%", "method": control, "dtype": "float32", "calibration": calibration}
+    axes = families.axes(prune(read(asked), tmp_path / "out").loaded.model)
+    widths = [axis.size for axis in axes if axis.kind == "neurons"]
+    assert widths[0] == 40
+    assert max(widths[1:]) < 40
+    assert max(widths[1:]) - min(widths[1:]) <= 1

@@ -21,7 +21,7 @@ from adapt_pruner.report.with_card import prune
 from adapt_pruner.score import activations, blocks, weights
 from adapt_pruner.score.calibrate import score, score_sequentially
 from adapt_pruner.work import Work
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, in_two_processes, tiny_model
+from conftest import LAYOUTS, VOCAB, as_dicts, byte_tokenizer, in_two_processes, tiny_model
 
 Samples = list[list[list[float]]]
 """Sequence, token, feature."""
@@ -177,7 +177,7 @@ def test_minitron_takes_the_width_too(tiny_folder: Path, text_file: Path, tmp_pa
     axes = ["neurons", "query_heads", "residual"]
     asked = recipe_with(tiny_folder, text_file, method="minitron", axes=axes, budget="60%", step=1)
     heard: list[dict[str, Any]] = []
-    outcome = prune(asked, tmp_path / "out", listen=heard.append)
+    outcome = prune(asked, tmp_path / "out", listen=as_dicts(heard.append))
     assert outcome.figures["params_after"] <= outcome.figures["budget"]
     first = next(event["sizes"]["residual"] for event in heard if event["event"] == "cut")
     model = load(str(tiny_folder)).model
@@ -318,7 +318,7 @@ def test_a_recipe_may_rank_layers_by_the_loss_without_them(tiny_folder: Path, te
     dense = tiny_model(vocab_size=VOCAB)
     assert Work.of(dense, recipe).reads_text, "the metric reads none, the distance does"
     heard: list[dict[str, Any]] = []
-    prune(recipe, tmp_path / "out", listen=heard.append)
+    prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
     first = next(event for event in heard if event["event"] == "cut")
     feed = calibration_feed(dense, byte_tokenizer(), source=str(text_file), samples=8, length=32, ids=None, seed=0)
     expected = blocks.loss_drop(dense, [families.axes(dense)[-1]], feed(1), dtype="float32")["layers"]

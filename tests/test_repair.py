@@ -20,7 +20,7 @@ from adapt_pruner.reduce.repair.closed_form import RIDGES, least_squares, mean_b
 from adapt_pruner.reduce.units import repaired
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.work import Work
-from conftest import LAYOUTS, VOCAB, byte_tokenizer, half, tiny_model
+from conftest import LAYOUTS, VOCAB, as_dicts, byte_tokenizer, half, tiny_model
 from strangers import ask_a_stranger
 
 
@@ -299,7 +299,7 @@ def test_a_run_with_too_little_text_says_so_once_a_stage(tiny_folder: Path, text
         "model": str(tiny_folder), "budget": "60%", "method": "adaptive-ls-v1", "dtype": "float32", "stages": 2,
         "calibration": {"source": str(text_file), "samples": 1, "length": 32, "self_generated": 0},
     })  # fmt: skip
-    prune(recipe, tmp_path / "out", listen=heard.append)
+    prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
     said = [event["message"] for event in heard if event["event"] == "warning"]
     for stage in (1, 2):
         assert sum(event["event"] == "cut" and event["stage"] == stage for event in heard) > 1

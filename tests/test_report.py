@@ -35,7 +35,7 @@ from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
 from adapt_pruner.report.svg import drawing
-from conftest import VOCAB, byte_tokenizer, read_json, suited, tiny_model
+from conftest import VOCAB, as_dicts, byte_tokenizer, read_json, suited, tiny_model
 from test_cli import call
 
 
@@ -474,7 +474,9 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr(page, "write_report", broken)
-    with_card.run(small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=listen)
+    with_card.run(
+        small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=as_dicts(listen)
+    )
     assert (tmp_path / "run" / "model").is_dir()
     assert "no page today" in heard[-1]["message"]
 

@@ -38,7 +38,7 @@ from adapt_pruner.report import with_card
 from adapt_pruner.run import folder as runs
 from adapt_pruner.run import results, start
 from adapt_pruner.run.training import Trainer
-from conftest import HANGS, VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import HANGS, VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
 from test_cli import ask
 
 __all__ = ["ask"]  # a fixture
@@ -634,7 +634,7 @@ def test_as_many_checkpoints_stay_as_were_asked_for(keep: int, place: Path, tmp_
         elif saved:
             assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 
-    with_card.run(asked, tmp_path / "run", listen=watch)
+    with_card.run(asked, tmp_path / "run", listen=as_dicts(watch))
     assert len(saved) > 8
     assert set(checkpoints(tmp_path / "run")) == set(saved[-keep:])
 

@@ -28,7 +28,7 @@ from adapt_pruner.run import training as run_training
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.work import Work
 from conftest import LAYOUTS as ALL
-from conftest import VOCAB, byte_tokenizer, in_two_processes, read_json, suited, tiny_config, tiny_model
+from conftest import VOCAB, as_dicts, byte_tokenizer, in_two_processes, read_json, suited, tiny_config, tiny_model
 from test_checkpoint import loaded_by_a_stranger, pruned
 
 LAYOUTS = [layout for layout in ALL if tiny_config(layout).model_type not in ("gemma3_text", "phi3")]
@@ -287,7 +287,7 @@ TRAINING = {"tokens": 4_000, "batch_tokens": 512, "length": 64, "lr": 3e-3}
 
 def test_a_recipe_slices_to_its_budget(recipe: Recipe, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
-    figures = prune(recipe, tmp_path / "out", listen=heard.append).figures
+    figures = prune(recipe, tmp_path / "out", listen=as_dicts(heard.append)).figures
     saved = load(str(tmp_path / "out"))
     dense = load(recipe.model).model
     width = saved.model.config.sliced_hidden_size
@@ -333,7 +333,7 @@ def test_rotating_in_stages_or_with_a_repair_is_refused() -> None:
 def test_too_little_text_is_said(recipe: Recipe, tmp_path: Path, text_file: Path) -> None:
     heard: list[dict[str, Any]] = []
     little = read(recipe.model_dump() | {"calibration": {"source": str(text_file), "samples": 1, "length": 16}})
-    prune(little, tmp_path / "out", listen=heard.append)
+    prune(little, tmp_path / "out", listen=as_dicts(heard.append))
     assert any(re.search(r"16 tokens, fewer than the \d+ directions to keep; set", event.get("message", "")) for event in heard)
 
 

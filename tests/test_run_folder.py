@@ -10,7 +10,7 @@ import pytest
 import adapt_pruner as ap
 from adapt_pruner.errors import RunError
 from adapt_pruner.report.with_card import run
-from conftest import assert_same_model, read_json
+from conftest import as_dicts, assert_same_model, read_json
 from test_cli import ask, one_sentence
 from test_report import small_recipe
 
@@ -77,7 +77,7 @@ def test_a_folder_that_is_moved_under_its_run_is_written_to_no_more(
     with pytest.raises(
         RunError, match=rf"{place} was moved or removed while its run worked in it, so nothing more was written; give"
     ):
-        run(recipe, place, listen=move)
+        run(recipe, place, listen=as_dicts(move))
     assert files(moved) == at_once
     if another:
         assert files(place) == files(finished)

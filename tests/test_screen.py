@@ -16,6 +16,7 @@ from adapt_pruner.core.events.progress import RunProgress
 from adapt_pruner.core.events.run import Planned
 from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
+from conftest import as_dicts
 
 LARGE = {
     f"layers.{layer}.{kind}": size
@@ -42,7 +43,7 @@ def seen(events: list[Event], *, width: int, began: float = 1000.0, each: float 
     console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
     shown = Screen(console, moves=True)
     for number, event in enumerate(events):
-        shown.hear(event.model_copy(update={"time": began + each * number}))
+        shown(event.model_copy(update={"time": began + each * number}))
     with console.capture() as captured:
         console.print(shown.render())
     return shown, captured.get().splitlines()
@@ -114,7 +115,7 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(monkeypatch: pytest.
     shown = Screen(console)
     for second in range(100):
         clock[0] = 100.0 + second
-        shown.hear(Progress(phase="write", done=64 * second, of=16_256, time=1000.0 + second))
+        shown(Progress(phase="write", done=64 * second, of=16_256, time=1000.0 + second))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 10
     assert lines[0] == "writing calibration text 0/16,256"
@@ -125,7 +126,7 @@ def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file:
     heard: list[dict[str, Any]] = []
     text = ["--calibration", str(text_file), "--calibration-samples", "4", "--calibration-length", "32"]
     words = ["prune", str(tiny_folder), "--params", "80%", *text, "--set", "calibration.self_generated=0"]
-    prune_apart(words, tmp_path / "cell", listen=heard.append)
+    prune_apart(words, tmp_path / "cell", listen=as_dicts(heard.append))
     inner = [one["said"] for one in heard if one["event"] == "in_cell"]
     assert {"planned", "progress", "cut"} <= {one["event"] for one in inner}
     where: dict[str, Any] = {"cell": 2, "of": 4, "method": "best", "size": 113_300_000, "draw": 1, "draws": 1}

@@ -23,7 +23,7 @@ from adapt_pruner.reduce.search import Search
 from adapt_pruner.reduce.units import params_of, prunable, sizes_alike
 from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.work import RunData, Stage, Work
-from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
+from conftest import LAYOUTS, as_dicts, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 SMALL = {"population": 4, "offspring": 4, "rounds": 2, "tokens": 24, "finalists": 2}
 
@@ -302,7 +302,7 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
     run(recipe, whole)
     break_off(recipe, broken, kind="searched", nth=5)  # the second round of the second stage
     told: list[dict[str, Any]] = []
-    run(recipe, broken, listen=told.append)
+    run(recipe, broken, listen=as_dicts(told.append))
     assert [event["done"] for event in told if event["event"] == "searched"] == [2, 3], "what was done is not done again"
     assert_same_model(whole, broken)
     logs = [[line | {"time": 0} for line in log_of(run_dir, "searched")] for run_dir in (whole, broken)]
@@ -350,7 +350,7 @@ def test_candidates_measured_on_the_text_of_the_scores_are_told_of(
         tiny_folder, text_file, stages=1, repair="closed_form.mean_bias", reduce=short, calibration=calibration, metric=metric
     )
     told: list[dict[str, Any]] = []
-    outcome = run(recipe, tmp_path / "run", listen=told.append)
+    outcome = run(recipe, tmp_path / "run", listen=as_dicts(told.append))
     warnings = [event["message"] for event in told if event["event"] == "warning"]
     assert any("measures candidates on the text that the scores have read" in one for one in warnings) is warned
     assert outcome is not None

@@ -29,7 +29,7 @@ from adapt_pruner.recipe import read
 from adapt_pruner.run import in_time, loop, plan, probe, rules, start, threads, trackers
 from adapt_pruner.run.estimate import shapes
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model, byte_tokenizer, read_json, tiny_model
+from conftest import as_dicts, assert_same_model, byte_tokenizer, read_json, tiny_model
 from test_cli import ask
 from test_vocabulary import byte_level
 
@@ -159,7 +159,9 @@ def test_other_minutes_go_on_with_a_run_that_was_stopped(
 
     def asked(minutes: float) -> Any:
         long = (minutes, None)
-        return in_time.recipe_in_time(common, tmp_path / "small", text=str(text), long=long, started=0.0, listen=heard.append)
+        return in_time.recipe_in_time(
+            common, tmp_path / "small", text=str(text), long=long, started=0.0, listen=as_dicts(heard.append)
+        )
 
     planned = asked(5)
     (tmp_path / "small" / "recipe.yaml").write_text(planned.to_yaml())

@@ -4,7 +4,9 @@ import copy
 import json
 import shutil
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,6 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
-from adapt_pruner.export import _of_zeros
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.zeros import layer_inputs
 from adapt_pruner.reduce.zeros.layer_inputs import Walk, from_dense, onward
@@ -31,6 +32,7 @@ from adapt_pruner.report.with_card import prune, run
 from adapt_pruner.run import forecast
 from conftest import (
     VOCAB,
+    as_dicts,
     assert_refused,
     assert_same_model,
     break_off,
@@ -208,7 +210,7 @@ def test_layers_are_not_solved_again_once_all_are_done(tiny_folder: Path, text_f
     break_off(recipe, tmp_path / "broken", kind="saved", nth=4)
     assert (tmp_path / "broken" / "checkpoints" / "stage-1-cut-1").is_dir()
     told: list[dict[str, Any]] = []
-    run(recipe, tmp_path / "broken", listen=told.append)
+    run(recipe, tmp_path / "broken", listen=as_dicts(told.append))
     assert not [event for event in told if event["event"] in ("masked", "cut")]
     assert len(log_of(tmp_path / "broken", "cut")) == 1
 
@@ -287,7 +289,7 @@ def test_units_go_from_a_sparse_model_and_zeros_come_to_a_pruned_one(tiny_folder
     smaller = {
         "budget": "80%", "method": "uniform", "sparsity": "", "axes": ["neurons"], "distance": None, "head_metric": None, "repair": None,
     }  # fmt: skip
-    prune(recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path / "both", listen=heard.append)  # type: ignore[arg-type]
+    prune(recipe_of(tmp_path / "sparse", text_file, **smaller), tmp_path / "both", listen=as_dicts(heard.append))  # type: ignore[arg-type]
     both = load(str(tmp_path / "both"))
     assert both.weight_mask is not None
     assert both.weight_mask.unmasked(both.model) == []
@@ -513,14 +515,18 @@ def invoke(*words: Any, status: int = 0) -> str:
     return said
 
 
-def test_exports_say_that_their_engines_skip_no_zeros(sparse_folder: Path, tmp_path: Path) -> None:
+def test_exports_say_that_their_engines_skip_no_zeros(
+    sparse_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     said = json.loads(invoke("export", sparse_folder, "--to", "uniform", "-o", tmp_path / "plain", "--json"))
     assert len(said["notes"]) == 1
     assert "the 2:4 zeros of" in said["notes"][0]
     assert "multiplies by them" in said["notes"][0]
     assert load(str(tmp_path / "plain")).weight_mask == load(str(sparse_folder)).weight_mask
     loaded = load(str(sparse_folder))
-    notes = [note for quant in ("q4_k_m", "q8_0") for note in _of_zeros(loaded, "gguf", quant)]
+    exporting = import_module("adapt_pruner.export")
+    monkeypatch.setattr(exporting, "form_of", lambda name: SimpleNamespace(write=lambda *_, **__: []))
+    notes = [note for quant in ("q4_k_m", "q8_0") for note in exporting.export(loaded, tmp_path / "m", to="gguf", quant=quant)]
     assert ["no longer zero" in note for note in notes] == [True, False]
 
 

@@ -105,10 +105,10 @@ def test_events_tables_and_what_libraries_print(terminal: bool, monkeypatch: pyt
     evil = f"[bold]{ALL}[/nothing]"
     with filtered():
         with screen() as listen:
-            listen.hear(Warned(message=evil))
-            listen.hear(CellLine(text=evil))
-            listen.hear(Progress(phase="task", task=evil, done=1, of=2))
-            listen.hear(CellBegun(cell=1, of=2, method=evil, size=9, draw=1, draws=2))
+            listen(Warned(message=evil))
+            listen(CellLine(text=evil))
+            listen(Progress(phase="task", task=evil, done=1, of=2))
+            listen(CellBegun(cell=1, of=2, method=evil, size=9, draw=1, draws=2))
             listen.say(evil)
             print(evil)
             print(evil, file=sys.stderr)

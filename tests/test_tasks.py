@@ -24,7 +24,7 @@ from adapt_pruner.evaluate.task_sources import SUITES, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, fingerprint, retention, set_shots
 from adapt_pruner.report import with_card
 from adapt_pruner.run import results
-from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
+from conftest import VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -353,7 +353,7 @@ def test_a_run_scores_its_tasks_at_the_start_and_the_end(
         with_card.run(recipe.read(asked), at, trust_remote_code=True)
     assert read_json(at / "checkpoints" / "stage-2" / "state.json")["progress"]["tokens"] == 512, "the training was kept"
     told: list[dict[str, Any]] = []
-    outcome = with_card.run(recipe.read(asked), at, listen=told.append, trust_remote_code=True)
+    outcome = with_card.run(recipe.read(asked), at, listen=as_dicts(told.append), trust_remote_code=True)
     assert outcome is not None
     assert not [event for event in told if event["event"] in ("step", "cut")], "nothing was done again"
     assert len(calls) == 3

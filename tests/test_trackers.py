@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from adapt_pruner import cli
-from adapt_pruner.core.events import parse
+from adapt_pruner.core.events import Start, Tasks, parse
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import trackers
+from conftest import as_dicts
 from test_resume import log_of
 
 Told = list[tuple[dict[str, Any], int]]
@@ -38,7 +39,7 @@ def reporting_to(recipe: Recipe, *names: str) -> Recipe:
 
 
 def tracked(recipe: Recipe, folder: Path, listen: Callable[[dict[str, Any]], None] = lambda event: None) -> None:
-    run(recipe, folder, listen=listen)
+    run(recipe, folder, listen=as_dicts(listen))
 
 
 def scalars(folder: Path) -> dict[str, dict[int, float]]:
@@ -138,9 +139,9 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
 
 def test_scores_on_tasks_are_told_by_their_average(recipe: Recipe, fake: type[Fake], tmp_path: Path) -> None:
     with trackers.reporting(reporting_to(recipe, "wandb"), tmp_path, lambda event: None) as tell:
-        tell({"event": "start"})
-        tell({"event": "tasks", "stage": 0, "average": 0.5, "params": 3, "scores": []})
-        tell({"event": "tasks", "stage": 1, "average": None, "params": 2, "scores": []})
+        tell(Start())
+        tell(Tasks(stage=0, average=0.5, params=3, scores=[]))
+        tell(Tasks(stage=1, average=None, params=2, scores=[]))
     assert [values for values, _ in fake.told] == [{"tasks/average": 0.5, "tasks/params": 3}, {"tasks/params": 2}]
 
 

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
+from adapt_pruner.core.model.shards import stage_tokens
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.report import with_card
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.train.loop import Step, TrainConfig, TrainState, _Batch, make_optimizer, stage_tokens, steps, whole_batches
+from adapt_pruner.train.loop import Step, TrainConfig, TrainState, _Batch, make_optimizer, steps, whole_batches
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.schedules import cosine, wsd
 from adapt_pruner.train.spread import full_state, load_moments
-from conftest import InOrder, log_of, tiny_model, train
+from conftest import InOrder, as_dicts, log_of, tiny_model, train
 
 
 @dataclass
@@ -93,8 +95,57 @@ def test_tokens_of_the_stages() -> None:
     assert stage_tokens(1000, stages=4, shards="linear") == [100, 200, 300, 400]
     assert stage_tokens(1000, stages=4, shards="constant") == [250] * 4
     assert stage_tokens(1000, stages=2, shards="cosine") == [292, 708]
-    for shards in ("linear", "constant", "cosine"):
+    assert stage_tokens(1000, stages=5, shards="last=0.8") == [50, 50, 50, 50, 800]
+    assert stage_tokens(1000, stages=3, shards=[1, 0, 4]) == [200, 0, 800], "numbers in proportion, so percents too"
+    assert stage_tokens(1000, stages=1, shards="last=0.8") == [1000]
+    for shards in ("linear", "constant", "cosine", "last=0.3", (1, 2, 3, 4, 5, 6, 7)):
         assert sum(stage_tokens(997, stages=7, shards=shards)) == 997
+
+
+@pytest.mark.parametrize(("shards", "trouble"), [
+    ("lineal", "training.shards 'lineal' is not known; write linear, constant, cosine, last=0.8 for the share of the last stage, or a list"),
+    ("last", "training.shards 'last' is not known"),
+    ("last=80%", r"training.shards 'last=80%' has no share; write a number above 0 and below 1, like last=0.8"),
+    ("last=1.2", r"training.shards 'last=1.2' has no share"),
+    ("last=nan", r"training.shards 'last=nan' has no share"),
+    ([1, -1, 2], r"training.shards \[1, -1, 2\] has a share of -1; write numbers of 0 or more, the last above 0"),
+    ([1, 2, 0], r"training.shards \[1, 2, 0\] gives the last stage nothing; write numbers of 0 or more, the last above 0"),
+    ([1, "x", 2], r"has a share of 'x'; write numbers"),
+    ([True, 1, 2], r"has a share of True; write numbers"),
+    ([1, float("inf"), 2], r"has a share of inf; write numbers"),
+    ([], r"training.shards \[\] gives the last stage nothing"),
+    (0.8, r"training.shards 0.8 is not known"),
+    ([1, 4], r"training.shards \[1, 4\] has 2 shares and stages is 3; give one for each stage, or write last=0.8"),
+])  # fmt: skip
+def test_shards_that_are_none_are_refused(shards: Any, trouble: str) -> None:
+    with pytest.raises(UsageError, match=trouble):
+        read({"stages": 3, "training": {"source": "x", "tokens": 9_000, "shards": shards}})
+
+
+def test_shards_are_written_as_they_are_read() -> None:
+    training = {"source": "x", "tokens": 9_000}
+    for shards, kept in (([5, 5.5, 80], (5, 5.5, 80)), ("last = 0.8", "last=0.8"), ("last=.80", "last=0.8")):
+        recipe = read({"stages": 3, "training": {**training, "shards": shards}})
+        assert recipe.training.shards == kept
+        assert read(yaml.safe_load(recipe.to_yaml())) == recipe
+    given = read({"stages": 3, "training": training}, overrides=["training.shards=[1, 1, 8]"])
+    assert given.training.shards == (1, 1, 8)
+
+
+def test_stages_train_where_the_recipe_puts_tokens(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Planned and trained alike; a stage without tokens only prunes."""
+    asked = {
+        "model": str(tiny_folder), "budget": "70%", "method": "magnitude-all", "stages": 3, "dtype": "float32",
+        "training": {
+            "source": str(text_file), "tokens": 640, "batch_tokens": 64, "length": 32, "shards": [1, 0, 4], "max_rise": 20,
+        },
+    }  # fmt: skip
+    told: list[dict[str, Any]] = []
+    assert [stage["tokens"] for stage in dry_run(read(asked))["stages"]] == [128, 0, 512]
+    with_card.run(read(asked), tmp_path / "run", listen=told.append)
+    steps = [event["stage"] for event in told if event["event"] == "step"]
+    assert steps == [1] * 2 + [3] * 8
+    assert {event["stage"] for event in told if event["event"] == "cut"} == {1, 2, 3}
 
 
 def test_stages_end_with_whole_batches_and_the_run_with_its_last_row() -> None:
@@ -545,7 +596,7 @@ def test_a_step_reads_whole_rows(tiny_folder: Path, text_file: Path, tmp_path: P
     asked = read({"model": str(tiny_folder), "budget": "80%", "method": "magnitude-all", "training": training, "device": "cpu"})
     assert [stage["steps"] for stage in dry_run(asked)["stages"]] == [10]
     heard: list[dict[str, Any]] = []
-    with_card.run(asked, tmp_path / "run", listen=heard.append)
+    with_card.run(asked, tmp_path / "run", listen=as_dicts(heard.append))
     assert len(log_of(tmp_path / "run", "step")) == 10
     said = "a step reads 64 tokens, since training.batch_tokens 100 is no multiple of training.length 64"
     assert any(said in event["message"] for event in heard if event["event"] == "warning")

@@ -25,7 +25,7 @@ from adapt_pruner.run import results
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
-from conftest import assert_same_model, break_off, byte_tokenizer, read_json, suited, tiny_model
+from conftest import as_dicts, assert_same_model, break_off, byte_tokenizer, read_json, suited, tiny_model
 from strangers import ask_a_stranger
 from test_pipeline import Heard
 from test_vocabulary import byte_level
@@ -126,7 +126,7 @@ def test_a_run_goes_on_with_its_tokens(
         training={"source": str(text_file), "tokens": 2_000, "batch_tokens": 256, "length": 64, "lr": 3e-3},
         evaluation={"source": str(text_file), "window": 64, "max_windows": 3},
     )  # fmt: skip
-    whole = run(recipe, tmp_path / "whole", listen=listen)
+    whole = run(recipe, tmp_path / "whole", listen=as_dicts(listen))
     targets = [event["target"] for event in heard if event["event"] == "cut"]
     begin, end = whole.figures["params_after_vocabulary"], int(whole.figures["params_before"] * 0.6)
     assert set(targets) == {begin - (begin - end) // 3, begin - (begin - end) * 2 // 3, end}
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_its_tokens(
         run(recipe, tmp_path / "run")
     monkeypatch.undo()
     heard.clear()
-    outcome = run(recipe, tmp_path / "run", listen=listen)
+    outcome = run(recipe, tmp_path / "run", listen=as_dicts(listen))
     assert outcome is not None
     assert [event["event"] for event in heard if event["event"] in ("vocabulary", "resumed")] == ["resumed"]
     assert outcome.mask == whole.mask

@@ -7,6 +7,7 @@ import operator
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.record import read_progress
 from adapt_pruner.report.screen import Screen
 from adapt_pruner.run import folder
-from conftest import byte_tokenizer, tiny_model
+from conftest import as_dicts, byte_tokenizer, tiny_model
 from test_cli import call
 from test_report import small_recipe
 
@@ -36,7 +37,7 @@ def heard(tiny_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     """A finished run and what it told its listener."""
     events: list[dict[str, Any]] = []
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with_card.run(small_recipe(tiny_folder, text_file), folder, listen=events.append)
+    with_card.run(small_recipe(tiny_folder, text_file), folder, listen=as_dicts(events.append))
     return folder, events
 
 
@@ -103,7 +104,7 @@ def test_a_terminal_shows_stage_parameters_loss_speed_and_time_left(heard: tuple
     middle = next(i for i, event in enumerate(heard[1]) if event["event"] == "step" and event["stage"] == 2)
     now = time.time()
     for number, event in enumerate(heard[1][: middle + 1]):
-        shown(event | {"time": now + number - middle})
+        shown(parse(event | {"time": now + number - middle}))
     with console.capture() as captured:
         console.print(shown.render())
     anatomy, figures, bar = captured.get().replace("\u00a0", " ").splitlines()
@@ -132,7 +133,9 @@ def test_a_run_says_where_it_stands_as_long_as_it_works(
             seen.append((stands[0].where, stands[0].doing))
             assert abs(stands[1] - time.time()) < 60
 
-    with_card.run(small_recipe(tiny_folder, text_file).model_copy(update={"stages": 1}), tmp_path / "run", listen=listen)
+    with_card.run(
+        small_recipe(tiny_folder, text_file).model_copy(update={"stages": 1}), tmp_path / "run", listen=as_dicts(listen)
+    )
     assert ("", "reading text") in seen, "before the log has a line"
     told = {(where, doing.split(" ")[0]) for where, doing in seen if "/" in doing}
     assert {("stage 1, iteration 1", "scoring"), ("stage 1", "training"), ("stage 1", "evaluating")} <= told
@@ -147,7 +150,7 @@ def test_watching_names_the_phase(
         (heard[0] / "log.jsonl").read_bytes(),
         RunProgress("repairing 12/60", "stage 2", 75.0, 60.0, 60.0, 60.0, ends=True),
     )
-    for said, shown in ((json.dumps({"time": time.time(), **stands.to_dict()}), True), ('{"time": 1.0, "doing": "rep', False)):
+    for said, shown in ((json.dumps({"time": time.time(), **asdict(stands)}), True), ('{"time": 1.0, "doing": "rep', False)):
         (tmp_path / "progress.json").write_text(said)
         (tmp_path / "log.jsonl").write_bytes(whole[: len(whole) // 2])
         works_while_watched(tmp_path, [b"", whole], monkeypatch)

@@ -12,7 +12,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts, read
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Change, Reduction, RunState, Stage, Work
-from conftest import half, tiny_model
+from conftest import as_dicts, half, tiny_model
 
 
 def work_of(**keys: Any) -> Work:
@@ -65,7 +65,7 @@ def test_any_search_may_ask_for_the_loss(batches: list[torch.Tensor]) -> None:
 
 def test_a_warning_is_said_once_a_stage_whatever_its_figures() -> None:
     work, heard = work_of(), []
-    work.listen = heard.append
+    work.listen = as_dicts(heard.append)
     work.warn_of_stage("3 tokens are few")
     work.warn_of_stage("2,000 tokens are few")
     work.warn_of_stage("another thing")
@@ -122,6 +122,7 @@ def test_parts_say_what_they_need() -> None:
     assert parts.names("reduce") == [
         "between_steps",
         "hard_concrete",
+        "masks",
         "policy_gradient",
         "search",
         "slice",

@@ -23,8 +23,8 @@ import torch
 from jobs import Job, Ladder
 from reporting import write_report
 
+from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.locks import locked
-from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.screen import quiet_libraries
 

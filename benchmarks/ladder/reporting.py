@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,31 +18,85 @@ from adapt_pruner.report.charts import Lines, Series
 from adapt_pruner.report.paper import write_pictures
 from adapt_pruner.report.template import environment
 
-__all__ = ["Judged", "judged", "tables", "write_report"]
+__all__ = ["LEVEL", "Judged", "holm", "judged", "p_of", "tables", "write_report"]
 
 Result = Mapping[str, Any]
 Key = tuple[str, str, float]  # rung, arm, tokens a parameter
 
-# Student's t: 97.5 % quantiles for 1, 2, … degrees of freedom; beyond these the last one, which is a little wide.
-_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145]
+LEVEL = 0.005
+"""Nats: arms whose 95 % interval lies within this distance of 0 are level."""
+_ALPHA = 0.05
 
 
+@dataclass(frozen=True)
 class Judged:
-    """Paired differences of a claim: the loss of the arm that should be worse, less that of the better, in nats; above 0 for the claim.
+    """What the runs say of a claim: the loss of the arm that should be worse, less that of the better, in nats; above 0 for the claim.
 
     Attributes:
-        differences: one a pair of runs on one base with one seed.
-        mean: of them.
-        half: half the width of their 95 % interval (Student's t); infinite for one pair.
-        verdict: true, false, or undecided where the interval holds 0.
+        differences: of several bases one each, the mean over its seeds; of one base one for each seed.
+        bases: number of bases.
+        pairs: of runs on one base with one seed.
+        mean: of the differences.
+        half: half the width of their 95 % interval (Student's t); infinite for one.
+        p: of the hypothesis that the mean is 0, corrected for all tests on the rung (Holm); 1 for one difference.
     """
 
-    def __init__(self, differences: Sequence[float]) -> None:
-        self.differences = list(differences)
-        self.mean, number = mean(differences), len(differences)
-        spread = _T[min(number - 2, len(_T) - 1)] * stdev(differences) / math.sqrt(number) if number > 1 else math.inf
-        self.half = spread
-        self.verdict = "true" if self.mean - spread > 0 else "false" if self.mean + spread < 0 else "undecided"
+    differences: tuple[float, ...]
+    bases: int
+    pairs: int
+    mean: float
+    half: float
+    p: float
+
+    @classmethod
+    def of(cls, by_base: Sequence[Sequence[float]]) -> "Judged":
+        """Judged alone, from the differences of the pairs on each base."""
+        differences = tuple(by_base[0] if len(by_base) == 1 else map(mean, by_base))
+        middle, number = mean(differences), len(differences)
+        half, p = math.inf, 1.0
+        if number > 1:
+            error = stdev(differences) / math.sqrt(number)
+            half = _t_of(_ALPHA, number - 1) * error
+            p = p_of(middle / error, number - 1) if error else float(middle == 0)
+        return cls(differences, len(by_base), sum(map(len, by_base)), middle, half, p)
+
+    @property
+    def verdict(self) -> str:
+        """True or false if p is below 0.05; else level if the interval lies within 0.005 nats of 0, or else undecided."""
+        if self.p < _ALPHA:
+            return "true" if self.mean > 0 else "false"
+        return "level" if abs(self.mean) + self.half <= LEVEL else "undecided"
+
+
+def p_of(t: float, degrees: int) -> float:
+    """The chance that Student's t of so many degrees of freedom is as far from 0, by its finite series."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    term = cosine if degrees % 2 else 1.0
+    total = term if degrees > 1 else 0.0
+    for number in range(3 if degrees % 2 else 2, degrees - 1, 2):
+        term *= cosine**2 * (number - 1) / number
+        total += term
+    inside = 2 / math.pi * (angle + sine * total) if degrees % 2 else sine * total
+    return 1 - inside
+
+
+def _t_of(p: float, degrees: int) -> float:
+    """The t of which `p_of` is p, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_of(middle, degrees) > p else (low, middle)
+    return high
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p-values of tests that are made together, corrected by Holm's method, in their order."""
+    corrected, highest = [0.0] * len(values), 0.0
+    for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        highest = min(1.0, max(highest, values[index] * (len(values) - place)))
+        corrected[index] = highest
+    return corrected
 
 
 def _by_key(results: Sequence[Result]) -> dict[Key, dict[tuple[int, int], Result]]:
@@ -54,17 +109,24 @@ def _by_key(results: Sequence[Result]) -> dict[Key, dict[tuple[int, int], Result
 
 
 def judged(results: Sequence[Result], table: Mapping[str, Any]) -> dict[tuple[str, str, float], Judged]:
-    """(claim, rung, tokens a parameter) -> what the pairs say of it; nothing where there is no pair."""
-    by_key, found = _by_key(results), {}
+    """(claim, rung, tokens a parameter) -> what the runs say of it; nothing where there is no pair. Tests of a rung are corrected together."""
+    by_key = _by_key(results)
+    found: dict[tuple[str, str, float], Judged] = {}
     for claim in table["claims"]:
         for rung, arm, at in sorted(by_key, key=str):
             if arm not in claim["better"] or bool(claim.get("untrained")) != (at == 0):
                 continue
             for than in claim["than"]:
                 better, worse = by_key[rung, arm, at], by_key.get((rung, than, at), {})
-                pairs = sorted(better.keys() & worse.keys())
-                if pairs:
-                    found[claim["says"], rung, at] = Judged([worse[pair]["loss"] - better[pair]["loss"] for pair in pairs])
+                by_base: dict[int, list[float]] = defaultdict(list)
+                for base, seed in sorted(better.keys() & worse.keys()):
+                    by_base[base].append(worse[base, seed]["loss"] - better[base, seed]["loss"])
+                if by_base:
+                    found[claim["says"], rung, at] = Judged.of(list(by_base.values()))
+    for rung in {rung for _, rung, _ in found}:
+        tests = [key for key, alone in found.items() if key[1] == rung and len(alone.differences) > 1]
+        for key, p in zip(tests, holm([found[key].p for key in tests]), strict=True):
+            found[key] = replace(found[key], p=p)
     return found
 
 
@@ -72,15 +134,15 @@ def tables(results: Sequence[Result], table: Mapping[str, Any]) -> dict[str, lis
     """Markdown tables: claims, arms, and tokens saved against training from scratch."""
     by_key = _by_key(results)
     claims = [
-        "| claim | rung | tokens a parameter | pairs | difference, nats | 95 % interval | verdict |",
-        "|---|---|---:|---:|---:|---|---|",
+        "| claim | rung | tokens a parameter | bases | pairs | difference, nats | 95 % interval | p (Holm) | verdict |",
+        "|---|---|---:|---:|---:|---:|---|---:|---|",
     ]
     for (says, rung, at), found in sorted(
         judged(results, table).items(), key=lambda item: (_place(table, item[0][0]), item[0][1:])
     ):
         interval = f"{found.mean - found.half:+.4f} to {found.mean + found.half:+.4f}" if math.isfinite(found.half) else "–"
         claims.append(
-            f"| {says} | {rung} | {at:g} | {len(found.differences)} | {found.mean:+.4f} | {interval} | {found.verdict} |"
+            f"| {says} | {rung} | {at:g} | {found.bases} | {found.pairs} | {found.mean:+.4f} | {interval} | {found.p:.2g} | {found.verdict} |"
         )
     arms = [
         "| rung | arm | tokens a parameter | runs | parameters | loss, nats | spread | bits a byte | CPU-s |",

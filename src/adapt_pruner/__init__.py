@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapt_pruner.api.exporting import export
     from adapt_pruner.api.measuring import Comparison, Evaluation, Verification, chat, compare, evaluate, verify
-    from adapt_pruner.api.pruning import prune, run, shrink
+    from adapt_pruner.api.pruning import dry_run, prune, run, shrink
     from adapt_pruner.api.result import Result
     from adapt_pruner.checkpoint.load import Loaded, load
     from adapt_pruner.checkpoint.save import save
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from adapt_pruner.recipe import Recipe
     from adapt_pruner.reduce.choose.allocate import Debt, adaptive, uniform
     from adapt_pruner.reduce.repair.closed_form import least_squares
-    from adapt_pruner.run.forecast import dry_run
     from adapt_pruner.score.calibrate import score
     from adapt_pruner.train.given import train
 
@@ -57,7 +56,7 @@ _HOMES = {
     "compare": "api.measuring",
     "count_parameters": "core.model.budget",
     "cut": "core.model.cut",
-    "dry_run": "run.forecast",
+    "dry_run": "api.pruning",
     "evaluate": "api.measuring",
     "export": "api.exporting",
     "gated": "core.model.cut",

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Event, Listener, Warned, counting
+from adapt_pruner.core.events import BILL, Event, Listener, Warned, counting
 from adapt_pruner.core.events.run import Within
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
@@ -174,8 +174,6 @@ def check_training(work: "Work", way: str, *, masks: bool = False) -> None:
 _WIDTHS = ((1024, 64), (256, 32))
 """(neurons, multiple): `multiple_of: auto` is the first multiple for which the narrowest layer has at least these neurons."""
 
-PHASES = ("score", "repair", "cut", "train", "save", "evaluate", "other")
-"""The phases among which a run's seconds are divided."""
 _FOR_CUTS = 0.5  # share of a recipe's minutes after which pruning takes no more small steps
 
 
@@ -267,7 +265,7 @@ class RunState:
         figures: measured so far.
         history: a note on every iteration of pruning.
         began: axis name -> units the model had when the run began.
-        spent: phase -> seconds, summed over all sessions of the run; phases do not overlap.
+        spent: phase of `BILL` -> seconds, summed over all sessions of the run; phases do not overlap.
 
     Calibration text is a function of the seed and the number of the iteration, random numbers of the seed and the number of the
     step. So neither has state of its own.
@@ -282,7 +280,7 @@ class RunState:
     figures: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     began: dict[str, int] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BILL, 0.0))
     _phase: str | None = field(default=None, init=False)
     _since: float = field(default=0.0, init=False)
 
@@ -312,7 +310,7 @@ class RunState:
     @property
     def layers_left(self) -> list[int] | None:
         """The layers that are left, by their numbers in the model at the start; None if no layer is gone."""
-        return self.mask["layers"].nonzero().flatten().tolist() if "layers" in self.mask else None
+        return self.mask.layers_left
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain data; `from_json` gives back the same floats."""
@@ -407,9 +405,9 @@ class Work:
 
     @property
     def step(self) -> float:
-        """The recipe's `step`; 1 once half of its `minutes` are over, so that one cut removes all that still has to go."""
+        """The recipe's `step`; 1 once half of its `minutes` are over, training aside: then one cut takes all of a stage."""
         minutes = self.recipe.minutes
-        if minutes is None or not world.agreed(self.elapsed > _FOR_CUTS * 60 * minutes):
+        if minutes is None or not world.agreed(self.elapsed - self.state.spent["train"] > _FOR_CUTS * 60 * minutes):
             return self.recipe.step
         if self.recipe.step < 1:
             self.warn_of_stage(
@@ -498,7 +496,7 @@ class Work:
 
     def tell(self, event: Event) -> None:
         """Tell the listener of an event."""
-        self.listen(event.to_dict())
+        self.listen(event)
 
     def progress(self, phase: str, **where: Any) -> Callable[[int, int], None]:
         """Tell the listener that a phase begins; returns a function of (done, of) that tells how far it is."""

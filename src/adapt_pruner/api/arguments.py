@@ -19,7 +19,7 @@ from torch import nn
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.save import save, save_unchecked
-from adapt_pruner.core.events import Listener, Warned, parse
+from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_json import to_json
@@ -28,7 +28,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.report.screen import screen
 
 __all__ = [
-    "Keeper", "Name", "Saved", "Spec", "Text", "as_count", "as_overrides", "as_place", "as_size", "as_source", "as_spec", "as_words", "heard", "in_python",
+    "Keeper", "Listener", "Name", "Saved", "Spec", "Text", "as_count", "as_overrides", "as_place", "as_size", "as_source", "as_spec", "as_words", "heard", "in_python",
     "named", "of_kind",
 ]  # fmt: skip
 
@@ -38,6 +38,8 @@ Spec = str | Path
 """One text: a file, a folder, a glob, hub:NAME, … (docs/data.md)."""
 Text = Spec | Sequence[Spec] | Mapping[str, float]
 """One text, several in equal shares, or several with their weights."""
+Listener = Callable[[dict[str, Any]], None]
+"""A function of the user that is told of every event, as plain data."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -211,7 +213,7 @@ def _outside() -> int:
 
 
 @contextmanager
-def heard(listen: Listener | None, *, progress: bool) -> Iterator[Listener]:
+def heard(listen: Listener | None, *, progress: bool) -> Iterator[Callable[[Event], None]]:
     """A listener that shows progress, or turns warnings into Python's, and tells `listen`; transformers is quiet meanwhile."""
     from transformers.utils import logging
 
@@ -221,13 +223,13 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Listener]:
     try:
         with screen(quiet=not (progress and world.is_main())) as shown:
 
-            def tell(event: dict[str, Any]) -> None:
+            def tell(event: Event) -> None:
                 if progress:
                     shown(event)
-                elif listen is None and isinstance(warned := parse(event), Warned):
-                    warnings.warn(_ANY_OPTION.sub(_as_argument, warned.message), stacklevel=_outside())
+                elif listen is None and isinstance(event, Warned):
+                    warnings.warn(_ANY_OPTION.sub(_as_argument, event.message), stacklevel=_outside())
                 if listen is not None:
-                    listen(event)
+                    listen(event.to_dict())
 
             yield tell
     finally:
@@ -296,10 +298,7 @@ def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.d
             f"model is a quantised {kind}, and only unquantised weights can be used; load the model it was made from"
         )
     if not (any_family or families.is_known(model.config)):
-        known = ", ".join(families.model_types())
-        raise UsageError(
-            f"model is a {kind} of type {model.config.model_type!r}, which belongs to no known family; known: {known}"
-        )
+        raise UsageError(f"model is a {kind} that cannot be pruned: {families.why_unknown(model.config)}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(f"model is a {kind} with weights on the device meta, which stores no values; load it on a real device")
     formats: list[torch.dtype] = [one.dtype for one in model.parameters() if one.is_floating_point()]

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.api.arguments import Name, Saved, as_place, heard, in_python, named, of_kind
-from adapt_pruner.core.events import Listener
+from adapt_pruner.api.arguments import Listener, Name, Saved, as_place, heard, in_python, named, of_kind
 from adapt_pruner.export import forms
 from adapt_pruner.report import with_card
 

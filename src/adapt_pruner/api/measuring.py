@@ -7,6 +7,7 @@ from typing import Any
 
 from adapt_pruner.api.arguments import (
     Keeper,
+    Listener,
     Name,
     Saved,
     Spec,
@@ -26,11 +27,10 @@ from adapt_pruner.compare.measures import Measures
 from adapt_pruner.compare.models import measured
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import table
-from adapt_pruner.core.events import Listener
 from adapt_pruner.core.events.words import score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer, check_asked
-from adapt_pruner.export.proof import prove
+from adapt_pruner.export.verify import prove
 from adapt_pruner.recipe import check_precision
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]

@@ -8,6 +8,7 @@ from typing import Any
 from adapt_pruner import recipe as recipes
 from adapt_pruner.api.arguments import (
     Keeper,
+    Listener,
     Name,
     Saved,
     Spec,
@@ -24,18 +25,19 @@ from adapt_pruner.api.arguments import (
     of_kind,
 )
 from adapt_pruner.api.result import Result
-from adapt_pruner.core.events import Listener
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import with_card
+from adapt_pruner.run import forecast
 from adapt_pruner.run.folder import figures_of
 from adapt_pruner.run.in_time import recipe_in_time
 from adapt_pruner.run.rules import how_long
 from adapt_pruner.run.threads import kept_threads
 
-__all__ = ["prune", "run", "shrink"]
+__all__ = ["dry_run", "prune", "run", "shrink"]
 
 
 @in_python
@@ -125,11 +127,11 @@ def prune(
 def _pruned(
     recipe: Recipe, place: Path, keep: Keeper | None, trust_remote_code: bool, progress: bool, listen: Listener | None
 ) -> Result:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     with heard(listen, progress=progress) as tell:
 
-        def noted(event: dict[str, Any]) -> None:
-            events.append({"time": time.time(), **event})
+        def noted(event: Event) -> None:
+            events.append(event.model_copy(update={"time": time.time()}))
             tell(event)
 
         outcome = with_card.prune(recipe, place, listen=noted, trust_remote_code=trust_remote_code)
@@ -233,6 +235,30 @@ def shrink(
                 common, place, text=spec, long=long, overrides=overrides, started=started, listen=tell, trust_remote_code=trust_remote_code
             )  # fmt: skip
         return _ran(recipe, place, keep, trust_remote_code, progress, listen)
+
+
+def dry_run(
+    recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
+) -> dict[str, Any]:
+    """The plan of a run, with its time and memory; nothing is written.
+
+    If the weights are on this machine and the run fits its memory, the model is loaded, the texts are found, and a batch of random
+    tokens, forward and backward, probes the speed. Otherwise only config.json is read, and the speed is assumed. `too_large` says
+    that the memory is not enough, and what would be. `time_without` names the work whose time nobody can compute. `minutes` are
+    those of the recipe, which may end its training sooner.
+
+    Args:
+        recipe: the run.
+        listen: called with every event, as a plain dict.
+        trust_remote_code: whether code that comes with the model may run.
+        processes: number of processes that would share the work.
+
+    Raises:
+        UsageError: the recipe does not fit the model, or a text, task or package is missing.
+    """
+    return forecast.dry_run(
+        recipe, listen=lambda event: listen(event.to_dict()), trust_remote_code=trust_remote_code, processes=processes
+    )
 
 
 def _ran(

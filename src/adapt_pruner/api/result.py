@@ -11,6 +11,7 @@ from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.checkpoint.load import Loaded, load, pick_device
 from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.events.words import measured_text, millions, span
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.recipe import Recipe
@@ -36,7 +37,7 @@ class Result:
 
     def __init__(
         self, path: Path, recipe: Recipe, figures: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), mask: Mask | None = None,
-        run_dir: Path | None = None, events: Sequence[Mapping[str, Any]] = (), trust_remote_code: bool = False, keeper: Keeper | None = None,
+        run_dir: Path | None = None, events: Sequence[Event] = (), trust_remote_code: bool = False, keeper: Keeper | None = None,
     ) -> None:  # fmt: skip
         self.path, self.recipe, self.figures, self.history = path, recipe, dict(figures), list(history)
         self._mask, self._run_dir, self._events, self._trust, self._keeper = mask, run_dir, events, trust_remote_code, keeper

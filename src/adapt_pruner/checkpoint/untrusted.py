@@ -1,19 +1,23 @@
-"""Checks of a model folder of unknown origin: regular files only, safetensors beside their index, no code in its config.
+"""Checks of a model folder of unknown origin: regular files only, plain numbers in safetensors, no code in its config.
 
 Without them transformers would follow an index out of the folder and to pickles, apply an adapter beside the weights, and fetch
 kernels from the hub that a config names.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from adapt_pruner.core.system.files import check_regular
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["check_files", "check_weights", "code_in", "found", "shards_in", "without_code"]
+__all__ = ["check_files", "check_plain", "check_weights", "code_in", "found", "shards_in", "stored_dtype", "without_code"]
 
 _WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of files that are read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
@@ -21,6 +25,7 @@ _INDEX = "model.safetensors.index.json"
 
 _HARMLESS = {"attn": (None, "eager", "sdpa", "flex_attention"), "experts": (None, "eager", "batched_mm", "grouped_mm")}
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
 _CODE = ("auto_map", "custom_generate", "custom_pipelines", "distributed_config", "kernel_config", "use_kernels")
 
 
@@ -104,6 +109,69 @@ def found(folder: str, file: str) -> Path | None:
     except OSError:  # no network or no permission: loading the weights reports it, unless the cache has them
         return None
     return None if path is None else Path(path)
+
+
+def stored_dtype(folder: str, named: Any) -> str | None:
+    """The format of most numbers in the weights of a model, or in the first of several files.
+
+    A config.json may name no format, or another one. The first tensor would not do, because safetensors writes the widest first,
+    and these may be few: frequencies of a rope in an old checkpoint.
+
+    Args:
+        folder: a folder or hub id whose weights `check_weights` has passed.
+        named: `transformers_weights` of its config.json, a file to read instead of model.safetensors; None if it names none.
+
+    Returns:
+        Its name in torch, such as `bfloat16`; None if there are no weights, or they cannot be read, which whoever loads them reports.
+    """
+    numbers: Counter[str] = Counter()
+    try:
+        for path in _files(folder, named)[:1]:
+            for _, kind, shape in _tensors(path):
+                if kind in _FORMATS:
+                    numbers[_FORMATS[kind]] += math.prod(shape)
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return max(numbers, key=numbers.__getitem__, default=None)
+
+
+def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
+    """Refuse weights that are stored as integers or truth values: those of a quantised model, which no config declares.
+
+    Args:
+        model: the model that was loaded.
+        folder: a folder or hub id.
+        named: as for `stored_dtype`.
+        name: the model's name for messages.
+
+    Raises:
+        UsageError: a parameter of the model is stored so.
+    """
+    parameters = {key for full, _ in model.named_parameters() for key in (full, full.removeprefix(f"{model.base_model_prefix}."))}
+    for path in _files(folder, named):
+        for key, kind, _ in _tensors(path):
+            if kind.startswith(("I", "U", "BOOL")) and key in parameters:
+                raise UsageError(
+                    f"the weights of {name} are no plain numbers: {key} is stored as {kind}, and its config.json has no "
+                    "quantization_config; name the model that it was made from"
+                )
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+    """Name, format and shape of each tensor in a file, of which only the header is read."""
+    with safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            tensor = file.get_slice(name)
+            yield name, tensor.get_dtype(), tensor.get_shape()
+
+
+def _files(folder: str, named: Any) -> list[Path]:
+    """The file of the weights, or those that their index names; empty if there is none."""
+    for name in ("model.safetensors", "model.safetensors.index.json") if named is None else (str(named),):
+        if (path := found(folder, name)) is not None:
+            shards = [found(folder, shard) for shard in sorted(shards_in(path))] if name.endswith(".json") else [path]
+            return [shard for shard in shards if shard is not None]
+    return []
 
 
 def without_code(raw: Mapping[str, Any]) -> dict[str, Any]:

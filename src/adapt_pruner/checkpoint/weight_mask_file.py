@@ -7,6 +7,7 @@ It has a folder of its own because vLLM and SGLang read every `*.safetensors` fi
 """
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,15 +31,16 @@ def write_weight_mask(mask: WeightMask, folder: Path) -> None:
     save_file({name: packed(keep) for name, keep in mask.kept.items()}, path, metadata=about)
 
 
-def read_weight_mask(folder: str, name: str) -> WeightMask | None:
+def read_weight_mask(folder: str, name: str, model: Any) -> WeightMask | None:
     """The mask beside a model; None if it has none.
 
     Args:
         folder: the model's folder, or its id on the hub.
         name: the model's name for messages.
+        model: the model.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file is damaged, or belongs to another model.
     """
     path = found(folder, WEIGHT_MASK_FILE)
     if path is None:
@@ -53,8 +55,15 @@ def read_weight_mask(folder: str, name: str) -> WeightMask | None:
                 if not (isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)):
                     raise ValueError(f"{layer} has the shape {shape}; a shape is [outputs, inputs], each 1 or more")
             kept = {layer: unpacked(file.get_tensor(layer), shape) for layer, shape in shapes.items()}
-        return WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
+        mask = WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
     except (SafetensorError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{WEIGHT_MASK_FILE} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
         ) from error
+    try:
+        mask.check(model)
+    except ValueError as error:
+        raise RunError(
+            f"sparsity/ of {name} belongs to another model: {error}; remove it to load the model without its mask"
+        ) from error
+    return mask

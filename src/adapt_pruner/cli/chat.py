@@ -68,7 +68,7 @@ def chat(
 
     def loaded_of(name: str) -> Loaded:
         with screen() as listen:
-            listen.hear(Load(model=name))
+            listen(Load(model=name))
             return load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
 
     if prompt is None:

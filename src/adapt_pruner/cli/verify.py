@@ -45,7 +45,7 @@ def verify(
     """
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.errors import RunError
-    from adapt_pruner.export.proof import prove
+    from adapt_pruner.export.verify import prove
     from adapt_pruner.report.screen import quiet_libraries, screen
 
     quiet_libraries()

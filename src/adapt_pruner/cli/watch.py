@@ -110,9 +110,10 @@ def _told(
         last: the event before them; None where there was none.
         ended: whether the run had ended before them. A later warning, such as that of a failed report, does not undo that; new work does.
     """
-    from adapt_pruner.core.events import Resumed, Saved, Start
+    from adapt_pruner.core.events import Saved, Start
+    from adapt_pruner.core.events.run import Resumed
 
     for last in events:
-        show.hear(last)
+        show(last)
         ended = (isinstance(last, Saved) and last.is_result) or (ended and not isinstance(last, Resumed | Start))
     return last, ended

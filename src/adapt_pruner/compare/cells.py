@@ -66,13 +66,13 @@ def _heard(process: "subprocess.Popen[str]", listen: Listener) -> str:
         event = parse_line(line) if line.startswith("{") else None
         kind, _, text = line.partition(": ")
         if isinstance(event, Warned):
-            listen(event.to_dict())
+            listen(event)
         elif event is not None:
-            listen(InCell(said=event.to_dict()).to_dict())
+            listen(InCell(said=event.to_dict()))
         elif kind == "error":
             reason = text
         elif line:
-            listen(CellLine(text=line).to_dict())
+            listen(CellLine(text=line))
     return reason
 
 

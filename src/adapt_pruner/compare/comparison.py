@@ -30,7 +30,7 @@ from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, rel
 from adapt_pruner.compare.request import Cell, Request
 from adapt_pruner.compare.table import markdown, rows_of, table
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Interrupted, Listener, Load, Warned
+from adapt_pruner.core.events import Event, Interrupted, Listener, Load, Warned
 from adapt_pruner.core.events.comparison import CellBegun, CellDone, Reused
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import uses_bfloat16
@@ -84,12 +84,12 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         if text != SELF:
             next(texts(text), None)  # reports a missing text before a model is loaded
     _check_room(asked)
-    listen(Load(model=asked.model).to_dict())
+    listen(Load(model=asked.model))
     device = pick_device(asked.device)
     again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
     work = _prepared(again(), asked, listen)
     release()
-    listen(events.Loaded(model=asked.model, params=work.params).to_dict())
+    listen(events.Loaded(model=asked.model, params=work.params))
     comparison = _Comparison(asked, out, work, again, listen, keep)
     comparison.check_disk_space()
     try:
@@ -102,7 +102,7 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
             try:
                 return comparison.run()
             except KeyboardInterrupt:
-                listen(Interrupted(message=f"{comparison.progress}; the same command continues from there").to_dict())
+                listen(Interrupted(message=f"{comparison.progress}; the same command continues from there"))
                 raise
     except OSError as error:
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
@@ -184,7 +184,7 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
         *too_long(loaded.model.config, {"--window": asked.window}),
     ):
         if sentence:
-            listen(Warned(message=sentence).to_dict())
+            listen(Warned(message=sentence))
 
     def calibration(cell: Cell) -> Any:
         if not counted[cell.method] and cell.method not in readers:
@@ -281,7 +281,7 @@ class _Comparison:
                 self._done[name] = stored
         reused = len(self._done)
         if reused:
-            self._listen(Reused(done=reused, of=of).to_dict())
+            self._listen(Reused(done=reused, of=of))
             self._warn_of_other_versions()
         self._own = self._measured_dense()
         self._write(self._result())
@@ -290,11 +290,11 @@ class _Comparison:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
             where |= {"draws": self._asked.num_draws, "sparsity": cell.sparsity or None}
-            self._listen(CellBegun(**where, **self._foreseen(cell)).to_dict())
+            self._listen(CellBegun(**where, **self._foreseen(cell)))
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
             nll = self._done[name].get("nll", {}).get(first)
-            self._listen(CellDone(**where, nll=nll, error=self._done[name].get("error")).to_dict())
+            self._listen(CellDone(**where, nll=nll, error=self._done[name].get("error")))
             self._write(self._result())
         result = self._result()
         picture = draw(result, self._out, warn=self._warn)
@@ -395,14 +395,14 @@ class _Comparison:
     def _write(self, result: Mapping[str, Any]) -> None:
         write_whole(self._out / "compare.json", to_json(dict(result), indent=1) + "\n")
 
-    def _relay(self, event: dict[str, Any]) -> None:
+    def _relay(self, event: Event) -> None:
         """Pass on what the process of a cell says; a warning already heard from another cell is not repeated."""
-        self._warn(event["message"]) if event["event"] == "warning" else self._listen(event)
+        self._warn(event.message) if isinstance(event, Warned) else self._listen(event)
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            self._listen(Warned(message=message).to_dict())
+            self._listen(Warned(message=message))
 
     def _warn_of_other_versions(self) -> None:
         others = {figures["made_by"] for figures in self._done.values()} - {made_by()}

@@ -54,7 +54,7 @@ def measured(
     wanted = _wanted(how, listen)
     rows, scores, held = [], [], []
     for name in models:
-        listen(Load(model=name).to_dict())
+        listen(Load(model=name))
         loaded = load(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
         row = _described(name, loaded)
         if how.text is not None:
@@ -78,10 +78,10 @@ def measured(
 def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
     if how.tasks is None:
         return None
-    listen(Find(tasks=how.tasks).to_dict())
+    listen(Find(tasks=how.tasks))
     wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
     if kept := set_shots(wanted, how.num_fewshot):
-        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as defined in lm-eval").to_dict())
+        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as defined in lm-eval"))
     return wanted
 
 
@@ -100,7 +100,7 @@ def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tupl
     window = WINDOW if how.window is None else how.window
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=how.max_windows)
     for sentence in too_long(loaded.model.config, {"--window": window}):
-        listen(Warned(message=f"{loaded.source}: {sentence}").to_dict())
+        listen(Warned(message=f"{loaded.source}: {sentence}"))
 
     num_bytes = text_bytes(loaded.tokenizer, windows)
     return perplexity(
@@ -110,9 +110,9 @@ def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tupl
 
 def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:
     def told(task: str, done: int, of: int) -> None:
-        listen(Progress(phase="task", task=task, done=done, of=of).to_dict())
+        listen(Progress(phase="task", task=task, done=done, of=of))
 
     return evaluate_tasks(
         loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir,
-        trust_remote_code=how.trust_remote_code, on_task=told, warn=lambda message: listen(Warned(message=message).to_dict()),
+        trust_remote_code=how.trust_remote_code, on_task=told, warn=lambda message: listen(Warned(message=message)),
     )  # fmt: skip

@@ -100,7 +100,7 @@ def bench(
         loads: list[list[float]] = [[], []]
         workers: list[_Worker] = []
         for round_idx in range(LOADS):
-            listen(Progress(phase="time", what="loading", done=round_idx + 1, of=LOADS).to_dict())
+            listen(Progress(phase="time", what="loading", done=round_idx + 1, of=LOADS))
             for path, seconds in zip(paths, loads, strict=True):
                 with ExitStack() as once:
                     worker = once.enter_context(_opened(asked | {"model": path}))
@@ -115,7 +115,7 @@ def bench(
             question = {"batch": batch, "prompt": prompt, "generate": generate, "vocabulary": vocabulary}
             taken: list[list[dict[str, float]]] = [[], []]
             for round_idx in range(rounds + 1):
-                listen(Progress(phase="time", what=f"batch {batch}", done=round_idx, of=rounds).to_dict())
+                listen(Progress(phase="time", what=f"batch {batch}", done=round_idx, of=rounds))
                 for worker, answers in zip(workers, taken, strict=True):
                     answer = worker.ask(question)
                     if round_idx:
@@ -135,7 +135,7 @@ def bench(
             f"{pruned} is stored in {facts[0]['stored']} and {dense} in {facts[1]['stored']}, so the speed-ups do not come from "
             "pruning alone"
         )
-        listen(Warned(message=message).to_dict())
+        listen(Warned(message=message))
     models = [
         {
             "model": name, "params": of.shapes.params, "stored": fact["stored"], "disk_bytes": fact["disk_bytes"],
@@ -168,9 +168,9 @@ def _as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Lis
     llama_cpp.library()  # fails before any work is done
     if Path(model).is_file():
         return model
-    listen(Load(model=model).to_dict())
+    listen(Load(model=model))
     for note in export(load(model, trust_remote_code=trust), path, to="gguf", quant=quant):
-        listen(Warned(message=f"{model}: {note}").to_dict())
+        listen(Warned(message=f"{model}: {note}"))
     return str(path)
 
 

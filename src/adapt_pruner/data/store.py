@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adapt_pruner.core.system.files import expanded, folder_beside, named, remove, why
+from adapt_pruner.core.system.files import cache_folder, folder_beside, named, remove, why
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError
 
-__all__ = ["Chunk", "Store", "cache_folder", "stored"]
+__all__ = ["Chunk", "Store", "stored"]
 
 _FORMAT = 3  # of the rows too: a new rule for making rows needs a new number
 _FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
@@ -55,11 +54,6 @@ class Store:
     mask: NDArray[np.bool_] | None
     digest: str
     left_out: int
-
-
-def cache_folder() -> Path:
-    """The folder for things that can be made again: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
-    return expanded(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner")
 
 
 def stored(

@@ -41,7 +41,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     axes = families.axes(model)
     depth = next(axis for axis in axes if axis.name == "layers")
     stack: Any = model.get_submodule(depth.gate.module)
-    stayed = mask["layers"].nonzero().flatten().tolist() if mask is not None and "layers" in mask else list(range(depth.size))
+    stayed = (mask.layers_left if mask is not None else None) or list(range(depth.size))
     layers = []
     for i in range(depth.size):
         sizes = {field: axis.entries * units for axis in axes if axis.layer == i for field, units in axis.fields}

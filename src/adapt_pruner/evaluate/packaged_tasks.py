@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.system.files import folder_beside, named, why
-from adapt_pruner.data.store import cache_folder
+from adapt_pruner.core.system.files import cache_folder, folder_beside, named, why
 from adapt_pruner.errors import RunError
 
 __all__ = ["PACKAGE", "REMEDY", "overlay"]

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from adapt_pruner.core.model.precision import uses_bfloat16
-from adapt_pruner.core.system.files import why, write_whole
+from adapt_pruner.core.system.files import cache_folder, why, write_whole
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.data.store import cache_folder
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval

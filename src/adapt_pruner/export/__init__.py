@@ -78,21 +78,15 @@ def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad
     check_form(to, quant=quant, pad=pad)
     write: Any = form_of(to).write
     notes: list[str] = write(loaded, path, quant=quant, **({} if pad is None else {"pad": pad}))
-    return [*notes, *_of_zeros(loaded, to, quant)]
-
-
-def _of_zeros(loaded: Loaded, to: str, quant: str | None) -> Iterator[str]:
-    """A sentence about what the form does with the zeros of a sparse model."""
-    if loaded.weight_mask is None:
-        return
-    pattern = "" if loaded.weight_mask.pattern is None else f"{loaded.weight_mask.pattern} "
-    note = (
-        f"the {pattern}zeros of {loaded.source} are stored as numbers, and an engine that reads a {to} export multiplies by them; the zeros make it "
-        "neither smaller nor faster"
-    )
-    if quant is not None and quant.lower() in _MOVES_ZERO:
-        note += f"; {quant} stores blocks in which zero need not be a value, so many of them are no longer zero"
-    yield note
+    if loaded.weight_mask is not None:
+        pattern = "" if loaded.weight_mask.pattern is None else f"{loaded.weight_mask.pattern} "
+        moved = quant is not None and quant.lower() in _MOVES_ZERO
+        notes.append(
+            f"the {pattern}zeros of {loaded.source} are stored as numbers, and an engine that reads a {to} export multiplies by them; the zeros "
+            "make it neither smaller nor faster"
+            + (f"; {quant} stores blocks in which zero need not be a value, so many of them are no longer zero" if moved else "")
+        )
+    return notes
 
 
 def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
@@ -106,12 +100,10 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
         raise UsageError(f"form {to!r} is not known; {nearest(to, every_form)}")
     lacking = sorted({"write", "loading", "holds", "opened"} - _names(to))
     assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
-    if quant is not None and "QUANTS" not in _names(to):
-        able = " and ".join(f"--to {form}" for form in every_form if "QUANTS" in _names(form))
-        raise UsageError(f"--quant {quant} works only with {able}; the form {to} sets its number format itself, so leave it out")
-    if pad is not None and "PADS" not in _names(to):
-        able = " and ".join(f"--to {form}" for form in every_form if "PADS" in _names(form))
-        raise UsageError(f"--pad {pad} works only with {able}; the form {to} sets its widths itself, so leave it out")
+    for option, value, names, what in (("--quant", quant, "QUANTS", "number format"), ("--pad", pad, "PADS", "widths")):
+        if value is not None and names not in _names(to):
+            able = " and ".join(f"--to {form}" for form in every_form if names in _names(form))
+            raise UsageError(f"{option} {value} works only with {able}; the form {to} sets its {what} itself, so leave it out")
 
 
 def _files() -> Iterator[Path]:

@@ -85,7 +85,7 @@ def _block(size: LayerSizes, hidden_size: int) -> dict[str, Any]:
     assert decilm_width(ffn_mult, hidden_size) == size.neurons
     absent = {"no_op": False, "replace_with_linear": False, "sparsify": None}
     attention = {
-        "n_heads_in_group": size.group, "num_sink_tokens": None, "unshifted_sink": False,
+        "n_heads_in_group": size.query_heads, "num_sink_tokens": None, "unshifted_sink": False,
         "use_prefill_window_in_sink_attention": False, "window_length": None,
     }  # fmt: skip
     return {"attention": attention | absent, "ffn": {"ffn_mult": ffn_mult} | absent}

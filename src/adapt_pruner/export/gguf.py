@@ -15,7 +15,6 @@ refused, because `deci` forgets the attention of such a layer. `deci` and `llama
 keys, where Hugging Face pairs the two halves of a head; so these rows are reordered.
 """
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -91,7 +90,10 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         UsageError: the file exists, a library is missing, or llama.cpp has no place for something in the model.
         RunError: the file could not be written; nothing is left there.
     """
-    gguf = _library()
+    try:
+        import gguf
+    except ImportError as error:
+        raise UsageError(f"GGUF files are written with the gguf library, which is not installed; {to_install('gguf')}") from error
     quant = quant.lower() if quant else None
     if quant is not None and quant not in QUANTS:
         raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
@@ -176,24 +178,15 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
                 return continuation
             llama.eval(continuation[-1:])
 
-    def encode(text: str) -> list[int]:
-        token_ids: list[int] = llama.tokenize(text.encode(), add_bos=True, special=True)
-        return token_ids
-
     kind = int(llama.metadata.get("general.file_type", 0))
     stored = next((quant for quant, value in llama_cpp.file_types(module).items() if value == kind), "f32")
     try:
-        yield Engine(f"llama.cpp ({llama.metadata['general.architecture']})", stored, llama.n_vocab(), logits, greedy, encode)
+        yield Engine(
+            f"llama.cpp ({llama.metadata['general.architecture']})", stored, llama.n_vocab(), logits, written=greedy,
+            encode=lambda text: llama.tokenize(text.encode(), add_bos=True, special=True),
+        )  # fmt: skip
     finally:
         llama.close()
-
-
-def _library() -> Any:
-    try:
-        import gguf
-    except ImportError as error:
-        raise UsageError(f"GGUF files are written with the gguf library, which is not installed; {to_install('gguf')}") from error
-    return gguf
 
 
 def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
@@ -260,7 +253,10 @@ def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtyp
             writer, loaded.tokenizer, vocab_size=model.get_input_embeddings().weight.shape[0], generation=model.generation_config
         )
         for name, tensor in _tensors(model, plan):
-            data, kind = _stored(gguf, tensor, dtype)
+            data, kind = tensor.detach().float().contiguous().numpy(), None
+            if tensor.dim() > 1 and dtype != torch.float32:  # vectors and the rope's factors stay in float32
+                kind = gguf.GGMLQuantizationType.F16 if dtype == torch.float16 else gguf.GGMLQuantizationType.BF16
+                data = gguf.quants.quantize(data, kind)
             writer.add_tensor(name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -326,8 +322,10 @@ def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = _NAMES | (_GEMMA_NAMES if plan.arch == "gemma3" else {})
     fused: dict[str, Tensor] = {}
-    if (factors := _llama3_factors(model.config, plan.head_dim)) is not None:
-        yield "rope_freqs.weight", factors
+    rope = ropes_of(model.config.rope_parameters)[0]
+    if rope.get("rope_type") == "llama3":  # by which llama.cpp divides the frequencies of a plain rope
+        plain = rope["rope_theta"] ** (-torch.arange(0, plan.head_dim, 2, dtype=torch.float64) / plan.head_dim)
+        yield "rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq.cpu()).float()
     for full, tensor in padded_weights(model, plan.sizes).items():
         module, _, leaf = full.rpartition(".")
         if full == "lm_head.weight" and tied:
@@ -352,39 +350,6 @@ def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
     """Reorder rows so that rows i and i + head_dim / 2 of every head, which are rotated together, become neighbours."""
     halves = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
     return halves.transpose(1, 2).reshape(tensor.shape)
-
-
-def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
-    """The divisor of each frequency of a Llama 3.1 rope, float32 [head_dim / 2]; None for other ropes.
-
-    With λ = 2π / frequency and the context c that the model was trained on: 1 if λ < c / high, the factor if λ > c / low, and
-    otherwise 1 / ((1 - s) / factor + s), s = (c / λ - low) / (high - low).
-    """
-    rope = ropes_of(config.rope_parameters)[0]
-    if rope.get("rope_type") != "llama3":
-        return None
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    context = rope["original_max_position_embeddings"]
-    factors = []
-    for index in range(0, head_dim, 2):
-        length = 2 * math.pi * rope["rope_theta"] ** (index / head_dim)
-        if length < context / high:
-            factors.append(1.0)
-        elif length > context / low:
-            factors.append(float(factor))
-        else:
-            smooth = (context / length - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / factor + smooth))
-    return torch.tensor(factors)
-
-
-def _stored(gguf: Any, tensor: Tensor, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A tensor as stored in the file: vectors and the rope's factors in float32, matrices in `dtype`."""
-    data = tensor.detach().float().contiguous().numpy()
-    if tensor.dim() < 2 or dtype == torch.float32:
-        return data, None
-    kind = gguf.GGMLQuantizationType.F16 if dtype == torch.float16 else gguf.GGMLQuantizationType.BF16
-    return gguf.quants.quantize(data, kind), kind
 
 
 def _left_wide(gguf: Any, path: Path, quant: str) -> list[str]:

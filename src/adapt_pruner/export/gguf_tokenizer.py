@@ -66,7 +66,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
                 "split text differently; `verify` counts how often"
             )
         writer.add_tokenizer_pre(pre or "default")
-        writer.add_token_merges([" ".join(pair) for pair in _merges(model)])
+        writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
     else:
         writer.add_tokenizer_pre("default")
         normalizer = data["normalizer"] or {}
@@ -76,7 +76,12 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
     tokens, types = _tokens(tokenizer, data, vocab_size, byte_level=byte_level)
     writer.add_token_list(tokens)
     if not byte_level:
-        writer.add_token_scores(_scores(tokens, types, model))
+        rank: dict[str, int] = {}  # of the first merge that makes a token
+        for index, pair in enumerate(model["merges"], start=1):
+            rank.setdefault("".join(pair), index)
+        writer.add_token_scores(
+            [-float(rank.get(token, 0)) if kind == _NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
+        )
     writer.add_token_types(types)
     _add_special(writer, tokenizer, generation)
     if isinstance(tokenizer.chat_template, str):
@@ -117,10 +122,6 @@ def _pre(pre_tokenizer: Mapping[str, Any]) -> str | None:
     return _PRE_OF_SPLIT.get(split["pattern"].get("Regex", ""))
 
 
-def _merges(model: Mapping[str, Any]) -> list[list[str]]:
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-
-
 def _tokens(tokenizer: Any, data: Mapping[str, Any], vocab_size: int, *, byte_level: bool) -> tuple[list[str], list[int]]:
     """The token of each row of the embedding, and its type."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
@@ -148,14 +149,6 @@ def _tokens(tokenizer: Any, data: Mapping[str, Any], vocab_size: int, *, byte_le
         tokens.append(f"[PAD{index}]" if token is None else token)
         types.append(kind)
     return tokens, types
-
-
-def _scores(tokens: list[str], types: list[int], model: Mapping[str, Any]) -> list[float]:
-    """Minus the rank of the first merge that makes each token; 0 for tokens that no merge makes."""
-    rank: dict[str, int] = {}
-    for index, pair in enumerate(_merges(model), start=1):
-        rank.setdefault("".join(pair), index)
-    return [-float(rank.get(token, 0)) if kind == _NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
 
 
 def _add_special(writer: Any, tokenizer: Any, generation: Any) -> None:

@@ -55,7 +55,14 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         RunError: torch cannot trace the model, onnxruntime computes something else, or the folder could not be written.
     """
     check_target(path)
-    _library()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
+        ) from error
     model = loaded.model
     ropes = ropes_of(getattr(model.config, "rope_parameters", None) or {})
     if any(rope.get("rope_type") == "dynamic" for rope in ropes):
@@ -66,7 +73,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_finite(path, model.state_dict(), dtype=torch.float32)
     check_fits(path, model.state_dict(), dtype=torch.float32)
     with whole_or_nothing(path) as folder:
-        with _plain_attention(model), _quiet():
+        with _traceable(model):
             try:
                 program = torch.onnx.export(
                     _Logits(model).eval(), (example, torch.ones_like(example)), dynamo=True, verbose=False,
@@ -127,13 +134,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         (batch,) = graph.run(None, {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)})
         return torch.from_numpy(batch[0])
 
-    def greedy(ids: list[int], count: int) -> list[int]:
-        continuation: list[int] = []
-        while len(continuation) < count:
-            continuation.append(int(logits(ids + continuation)[-1].argmax()))
-        return continuation
-
-    encode = None
+    tokenizer: Any = None
     if (path.parent / "tokenizer.json").is_file():
         from transformers import AutoTokenizer
 
@@ -146,11 +147,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
                 "--trust-remote-code"
             ) from error
 
-        def encode(text: str) -> list[int]:
-            token_ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-            return token_ids
-
-    yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, greedy, encode)
+    encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]
+    yield Engine(f"onnxruntime {onnxruntime.__version__}", "f32", graph.get_outputs()[0].shape[-1], logits, encode)
 
 
 def _session(path: Path) -> Any:
@@ -173,40 +171,19 @@ def _session(path: Path) -> Any:
         raise RunError(f"onnxruntime cannot open {path} ({first_line(error)}); export it again") from error
 
 
-def _library() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
-        ) from error
-
-
 @contextmanager
-def _plain_attention(model: Any) -> Iterator[None]:
-    """Within this context attention is written out in plain operations, which any exporter can trace."""
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("eager")
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress the notices of torch's exporter; its errors are still raised."""
-    logger = logging.getLogger("torch.onnx")
+def _traceable(model: Any) -> Iterator[None]:
+    """Within this context attention is plain operations, which any exporter can trace, and torch's exporter gives no notices."""
+    attention, logger = model.config._attn_implementation, logging.getLogger("torch.onnx")
     level = logger.level
     try:
+        model.set_attn_implementation("eager")
         logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logger.setLevel(level)
+        model.set_attn_implementation(attention)
 
 
 @torch.no_grad()

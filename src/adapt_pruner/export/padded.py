@@ -33,9 +33,9 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_layers(loaded.model.config, "a stock class")
     least = widest(layer_sizes(loaded.model))
     grown = [
-        LayerSizes(kv_heads, group, least.neurons)
+        LayerSizes(kv_heads, query_heads, least.neurons)
         for kv_heads in range(least.kv_heads, 4 * least.kv_heads + 1)
-        for group in range(least.group, 4 * least.group + 1)
+        for query_heads in range(least.query_heads, 4 * least.query_heads + 1)
     ]
     stock = stock_model(
         loaded.model,

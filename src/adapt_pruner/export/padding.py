@@ -38,13 +38,13 @@ class LayerSizes:
     """Sizes of a layer: KV heads, query heads per KV head, and MLP neurons."""
 
     kv_heads: int
-    group: int
+    query_heads: int
     neurons: int
 
     @property
     def heads(self) -> int:
         """The number of query heads."""
-        return self.kv_heads * self.group
+        return self.kv_heads * self.query_heads
 
 
 def layer_sizes(model: Any) -> list[LayerSizes]:
@@ -59,7 +59,7 @@ def layer_sizes(model: Any) -> list[LayerSizes]:
 def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
     """The smallest sizes that hold every layer."""
     return LayerSizes(
-        max(size.kv_heads for size in sizes), max(size.group for size in sizes), max(size.neurons for size in sizes)
+        max(size.kv_heads for size in sizes), max(size.query_heads for size in sizes), max(size.neurons for size in sizes)
     )
 
 
@@ -108,9 +108,9 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     state: dict[str, Tensor] = dict(model.state_dict())
     head_dim = model.model.layers[0].self_attn.head_dim
     for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):
-        if new.kv_heads < now.kv_heads or new.group < now.group or new.neurons < now.neurons:
+        if new.kv_heads < now.kv_heads or new.query_heads < now.query_heads or new.neurons < now.neurons:
             raise ValueError(f"layer {index} has {now}, more than {new}")
-        query, query_new = (now.kv_heads, now.group, head_dim), (new.kv_heads, new.group, head_dim)
+        query, query_new = (now.kv_heads, now.query_heads, head_dim), (new.kv_heads, new.query_heads, head_dim)
         key, key_new = (now.kv_heads, head_dim), (new.kv_heads, head_dim)
         neurons, neurons_new = (now.neurons,), (new.neurons,)
         for name, dim, blocks, blocks_new in (

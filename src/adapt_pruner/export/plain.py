@@ -76,16 +76,11 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
             buffer = bytearray(child.read(4 * length * vocab_size))
             return torch.frombuffer(buffer, dtype=torch.float32).view(length, vocab_size)
 
-        def greedy(ids: list[int], count: int) -> list[int]:
-            continuation: list[int] = child.ask({"greedy": ids, "tokens": count})
-            return continuation
-
-        def encode(text: str) -> list[int]:
-            token_ids: list[int] = child.ask({"encode": text})
-            return token_ids
-
         hello = child.hear()
         if "error" in hello:
             raise RunError(f"stock transformers cannot load {artefact}: {hello['error']}")
         name = f"transformers {transformers.__version__}, {hello['class']}"
-        yield Engine(name, "f32", hello["vocab_size"], logits, greedy, encode)
+        yield Engine(
+            name, "f32", hello["vocab_size"], logits, encode=lambda text: child.ask({"encode": text}),
+            written=lambda ids, count: child.ask({"greedy": ids, "tokens": count}),
+        )  # fmt: skip

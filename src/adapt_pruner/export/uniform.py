@@ -4,6 +4,7 @@ from pathlib import Path
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.core.model.kinds import LABELS, USUAL
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import check_layers, layer_sizes, stock_model
 from adapt_pruner.export.plain import holds, loading, opened
@@ -23,12 +24,11 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     check_target(path)
     check_layers(loaded.model.config, "a stock class")
     sizes = layer_sizes(loaded.model)
-    for what in ("neurons", "kv_heads", "group"):
-        of_layers = [getattr(size, what) for size in sizes]
+    for kind in (*USUAL, "query_heads"):
+        of_layers = [getattr(size, kind) for size in sizes]
         if min(of_layers) != max(of_layers):
-            name = {"neurons": "MLP neurons", "kv_heads": "KV heads", "group": "query heads a KV head"}[what]
             raise UsageError(
-                f"layers have between {min(of_layers):,} and {max(of_layers):,} {name}, and a stock class has one number for all; "
+                f"layers have between {min(of_layers):,} and {max(of_layers):,} {LABELS[kind]}, and a stock class has one number for all; "
                 "prune with --set equal_widths=true, or use --to padded or onnx"
             )
     stock = stock_model(loaded.model, sizes[0], instead="--to padded or gguf")

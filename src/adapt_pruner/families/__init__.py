@@ -22,13 +22,27 @@ from torch import nn
 
 from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.families import admission, convention
+from adapt_pruner.families.convention import is_sliced
 
-__all__ = ["all_families", "axes", "family_of", "is_known", "is_sliced", "model_types", "sizes", "stock_config"]
+__all__ = [
+    "all_families",
+    "axes",
+    "family_of",
+    "is_known",
+    "is_sliced",
+    "left_whole",
+    "model_types",
+    "sizes",
+    "stock_config",
+    "why_unknown",
+]
 
 
 def all_families() -> list[ModuleType]:
     """Every family file, sorted by name."""
-    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return [module for module in modules if hasattr(module, "MODEL_TYPES")]
 
 
 def model_types() -> list[str]:
@@ -37,39 +51,52 @@ def model_types() -> list[str]:
 
 
 def is_known(config: Any) -> bool:
-    """Whether a family file speaks for a transformers config."""
-    return config.model_type in model_types()
+    """Whether models of a transformers config can be pruned: a family file speaks for them, or the law admits them."""
+    return family_of(config) is not None or bool(admission.verdict_of(config).admitted)
 
 
-def family_of(config: Any) -> ModuleType:
-    """The family file that speaks for a transformers config.
+def family_of(config: Any) -> ModuleType | None:
+    """The family file that speaks for a transformers config; None if none does, so that the law has to admit its axes."""
+    return next((family for family in all_families() if config.model_type in family.MODEL_TYPES), None)
 
-    Raises:
-        UsageError: no family does; the message says which are known.
-    """
-    for family in all_families():
-        if config.model_type in family.MODEL_TYPES:
-            return family
-    raise UsageError(
-        f"model type {config.model_type!r} belongs to no known family ({nearest(config.model_type, model_types())}); "
-        "a new family is one file: see docs/extending.md"
+
+def why_unknown(config: Any) -> str:
+    """A sentence on why models of a transformers config cannot be pruned."""
+    kind = config.model_type
+    refused = admission.verdict_of(config).refused
+    why = (
+        "; ".join(f"{axis}: {reason}" for axis, reason in refused.items()) or "its modules have other names than those of a Llama"
+    )
+    return (
+        f"nothing of a model of type {kind!r} may be removed, as a tiny model of its class shows ({why}); a family file can speak for it: "
+        f"see docs/extending.md ({nearest(kind, model_types())})"
     )
 
 
+def left_whole(config: Any) -> dict[str, str]:
+    """Kinds of axes along which models of a config may not shrink, each with the reason; empty where a family file speaks for them."""
+    return {} if family_of(config) is not None else admission.verdict_of(config).refused
+
+
 def axes(model: nn.Module) -> tuple[Axis, ...]:
-    """Every axis of a model, with the sizes that its weights have now."""
-    all_axes: tuple[Axis, ...] = family_of(model.config).axes(model)
-    return all_axes
+    """Every axis along which a model may shrink, with the sizes that its weights have now.
+
+    Raises:
+        UsageError: there is none.
+    """
+    family = family_of(model.config)
+    if family is not None:
+        all_axes: tuple[Axis, ...] = family.axes(model)
+        return all_axes
+    admitted = admission.verdict_of(model.config).admitted
+    if not admitted:
+        raise UsageError(why_unknown(model.config))
+    return tuple(axis for axis in convention.axes(model) if axis.kind in admitted or axis.size <= axis.least)
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
     """Axis name -> units a model has along it now."""
     return {axis.name: axis.size for axis in axes(model)}
-
-
-def is_sliced(config: Any) -> bool:
-    """Whether a model with this config is sliced (`reduce.slice`): its stream changes its basis at every block."""
-    return getattr(config, "sliced_hidden_size", None) is not None
 
 
 def stock_config(raw: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ Source: modeling of nvidia/Llama-3_1-Nemotron-51B, as vLLM's nemotron_nas.py rea
 from typing import Any
 
 from adapt_pruner.families import llama
-from adapt_pruner.families.llama import axes
+from adapt_pruner.families.convention import axes
 
 __all__ = ["MODEL_TYPES", "axes", "stock_config", "tiny"]
 

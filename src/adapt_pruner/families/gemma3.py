@@ -3,54 +3,21 @@
 Two of the norms follow the attention and the MLP. Their input lacks the output of a shut unit just as it lacks that of a removed
 one. Both norms are removed with a whole block. Local and global layers alternate, each kind with its own rope; `layer_types`
 follows a cut of layers. q_norm and k_norm act inside a head. Attention scores are scaled by `query_pre_attn_scalar`, which no cut
-changes. Logits are capped if `final_logit_softcapping` is set (`core.model.loss.logit_cap`). The 270M and 1B models have one KV head,
+changes. Logits are capped if `final_logit_softcapping` is set (`core.model.loss.logit_map`). The 270M and 1B models have one KV head,
 which cannot be removed.
 
 Source: arXiv:2503.19786; the stock code of transformers, which reads `attn_logit_softcapping` but does not apply it.
 """
 
-from dataclasses import replace
 from typing import Any
 
 from transformers import Gemma3TextConfig
 
-from adapt_pruner.core.model.axes import Axis
-from adapt_pruner.families.llama import residual, vocabulary, whole_blocks, whole_layers, within_layers
+from adapt_pruner.families.convention import axes
 
 __all__ = ["MODEL_TYPES", "axes", "tiny"]
 
 MODEL_TYPES = ("gemma3_text",)
-
-_NORMS = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
-_BLOCKS = {
-    "attentions": ("input_layernorm", "self_attn", "post_attention_layernorm"),
-    "mlps": ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"),
-}
-
-
-def axes(model: Any) -> tuple[Axis, ...]:
-    """Every axis of a Gemma 3 causal LM, in the order of its layers; `layers` last."""
-    blocks = whole_blocks(model, blocks=_BLOCKS)
-    return (*within_layers(model), *blocks, _residual(model), vocabulary(model), whole_layers(model))
-
-
-def _residual(model: Any) -> Axis:
-    """The width d of the stream, as in a Llama, but norms scale by 1 + w, and an embedding is multiplied by √d when it is read.
-
-    With d' channels left the code multiplies by √d' instead, so the embedding is scaled by √(d/d') to make up for it. If the head
-    is tied to the embedding, it grows by the same factor. Then the last norm stays as it is, instead of growing by √(d/d') like
-    all others.
-    """
-    axis = residual(model, norms_of_layer=_NORMS, eps="eps")
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    embedding = (
-        ("model.embed_tokens.weight", 0.5),
-        ("model.embed_tokens.scalar_embed_scale", -0.5),
-        ("model.embed_tokens.embed_scale", -0.5),
-    )
-    kept = tuple(entry for entry in axis.scaled if not (tied and entry[0] == "model.norm.weight"))
-    norms = tuple(f"{norm}.weight" for norm in (axis.gate.module, *axis.gate.also))
-    return replace(axis, scaled=(*embedding, *kept), one_more=norms)
 
 
 def tiny() -> dict[str, Any]:

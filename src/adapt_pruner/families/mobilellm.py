@@ -12,7 +12,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from adapt_pruner.errors import UsageError
-from adapt_pruner.families.llama import axes
+from adapt_pruner.families.convention import axes
 
 __all__ = ["MODEL_TYPES", "axes", "stock_config", "tiny"]
 

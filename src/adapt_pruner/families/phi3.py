@@ -17,13 +17,11 @@ from transformers import Phi3Config
 
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import unit_cost
-from adapt_pruner.families.llama import is_there, residual, vocabulary, whole_blocks, whole_layers
+from adapt_pruner.families.convention import is_there, neurons, residual, vocabulary, whole_blocks, whole_layers
 
 __all__ = ["MODEL_TYPES", "axes", "tiny"]
 
 MODEL_TYPES = ("phi3",)
-
-_READ_BY = {"self_attn": ("qkv_proj",), "mlp": ("gate_up_proj",)}
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
@@ -32,28 +30,11 @@ def axes(model: Any) -> tuple[Axis, ...]:
     for i, layer in enumerate(model.model.layers):
         if is_there(layer.self_attn):
             all_axes += _heads(model, i, layer.self_attn)
-        if is_there(layer.mlp):
-            all_axes.append(_neurons(model, i, layer.mlp))
+        all_axes += neurons(model, i, layer)
     all_axes += whole_blocks(model)
     if model.config.rope_parameters["rope_type"] == "default":
-        all_axes.append(residual(model, read_by=_READ_BY))
+        all_axes += residual(model)
     return (*all_axes, vocabulary(model), whole_layers(model))
-
-
-def _neurons(model: Any, layer: int, mlp: Any) -> Axis:
-    at = f"model.layers.{layer}.mlp"
-    size = mlp.down_proj.weight.shape[1]
-    fused = f"{at}.gate_up_proj.weight"
-    slices = (Slice(fused, 0), Slice(fused, 0, start=size), Slice(f"{at}.down_proj.weight", 1))
-    return Axis(
-        f"layers.{layer}.neurons",
-        size,
-        unit_cost(model, slices),
-        Gate(f"{at}.down_proj"),
-        slices,
-        fields=(("intermediate_size", 1),),
-        enclosing=(f"layers.{layer}.mlps",),
-    )
 
 
 def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from adapt_pruner.core.model.kinds import USUAL, WHOLE
 from adapt_pruner.core.system.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
@@ -16,10 +17,7 @@ from adapt_pruner.recipe import parts
 if TYPE_CHECKING:
     from adapt_pruner.recipe.schema import Recipe
 
-__all__ = ["WHOLE", "check_fitting", "parse_latency", "unread"]
-
-WHOLE = ("layers", "attentions", "mlps")
-"""Axes whose units are whole layers, or one layer's attention or MLP. A distance scores them; a `depth.…` chooser says how many go."""
+__all__ = ["check_fitting", "parse_latency", "unread"]
 
 
 def parse_latency(written: str) -> float:
@@ -52,6 +50,12 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_chosen(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
+    shards = recipe.training.shards
+    if not isinstance(shards, str) and len(shards) != recipe.stages:
+        raise ValueError(
+            f"training.shards [{', '.join(f'{share:g}' for share in shards)}] has {len(shards)} shares and stages is {recipe.stages}; give one for each stage, or write "
+            "last=0.8 for the share of the last"
+        )
     if recipe.vocabulary is not None and recipe.calibration.ids is not None:
         raise ValueError(
             "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
@@ -63,11 +67,6 @@ def check_fitting(recipe: "Recipe") -> None:
 
 def _check_minutes(recipe: "Recipe") -> None:
     """Refuse a deadline that the run could not keep."""
-    if recipe.stages > 1:
-        raise ValueError(
-            f"minutes {recipe.minutes:g} needs a run of one stage, and stages is {recipe.stages}; set stages to 1, or leave "
-            "minutes out"
-        )
     if "training" in parts.needs("reduce", recipe.reduce):
         raise ValueError(
             f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "
@@ -197,7 +196,7 @@ def _check_latency(recipe: "Recipe") -> None:
         raise ValueError(
             f"budget {recipe.budget!r} and latency {recipe.latency!r} both say how far to prune; leave one of them out"
         )
-    others = [f"axes {', '.join(kinds)}"] if (kinds := sorted(set(recipe.axes) - {"neurons", "kv_heads"})) else []
+    others = [f"axes {', '.join(kinds)}"] if (kinds := sorted(set(recipe.axes) - set(USUAL))) else []
     if recipe.vocabulary is not None:
         others.insert(0, "vocabulary")
     if "chosen" not in parts.needs("reduce", recipe.reduce):

@@ -24,7 +24,9 @@ from pydantic import (
 
 from adapt_pruner.core.events import DEFAULT_TEXT
 from adapt_pruner.core.model.budget import check_written, parse_count
+from adapt_pruner.core.model.kinds import USUAL, Prunable
 from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.shards import Shards, checked_shards
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
@@ -189,7 +191,11 @@ class Training(_Frozen):
     schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
     objective: _part("objective") = Field("objectives.lm", description="loss to minimise")  # type: ignore[valid-type]
     feed: _part("feed") = Field("fixed", description="what decides which rows of the text come next")  # type: ignore[valid-type]
-    shards: Literal["linear", "constant", "cosine"] = Field("linear", description="how the tokens are divided among the stages")
+    shards: Annotated[Shards, BeforeValidator(checked_shards)] = Field(
+        "linear",
+        description="how the tokens are divided among the stages: linear, constant, cosine, last=0.8 for the share of the last stage, or a "
+        "list with a share for each",
+    )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the learning rate rises")
     decay: float = Field(0.10, gt=0, lt=1, description="share of the run in which the learning rate falls (wsd)")
     floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
@@ -296,10 +302,8 @@ class Recipe(_Frozen):
     stages: int = Field(
         1, ge=1, le=1000, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
     )
-    axes: tuple[Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"], ...] = Field(
-        ("neurons", "kv_heads"),
-        min_length=1,
-        description="kinds of units that may be removed: neurons, kv_heads, query_heads, residual, layers, attentions, mlps",
+    axes: tuple[Prunable, ...] = Field(
+        USUAL, min_length=1, description=f"kinds of units that may be removed: {', '.join(get_args(Prunable))}"
     )
     vocabulary: Vocabulary | None = Field(
         None, description="tokens to keep: {source: SPEC, keep: 16384}, or min_uses instead of keep; null keeps all"

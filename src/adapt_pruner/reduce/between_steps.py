@@ -15,9 +15,10 @@ from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Mask, Scores
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.model.kinds import WHOLE
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import WHOLE, parts
+from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.choose.allocate import Debt
 from adapt_pruner.reduce.units import (
     Units,

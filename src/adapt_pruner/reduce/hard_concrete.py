@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adapt_pruner.core.events.run import MasksLearnt
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.cut import gated, num_left
+from adapt_pruner.core.model.kinds import BLOCKS, kind_of
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
@@ -25,7 +26,6 @@ from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
 
-KINDS = ("residual", "kv_heads", "neurons", "layers")
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _START = (5.0, 0.01)  # mean and standard deviation of log α
 _BOUND = math.log(100)  # of |log α|
@@ -109,7 +109,7 @@ class HardConcrete(Reduction):
             if size is None:
                 continue
             here = {axis.size for axis in work.axes if axis.kind == kind}
-            began = {units for name, units in work.state.began.items() if name.rpartition(".")[2] == kind}
+            began = {units for name, units in work.state.began.items() if kind_of(name) == kind}
             if not here | began:
                 raise UsageError(
                     f"the shape names {kind}, which this model does not have; leave that out of reduce=hard_concrete(…)"
@@ -118,9 +118,9 @@ class HardConcrete(Reduction):
                 raise UsageError(
                     f"the shape has {size:,} {kind}, and the model has {min(began or here):,}; give that many or fewer"
                 )
-        if not any(self.shape.values()) and (others := [kind for kind in work.recipe.axes if kind not in KINDS]):
+        if not any(self.shape.values()) and (others := [kind for kind in work.recipe.axes if kind not in self.shape]):
             raise UsageError(
-                f"reduce hard_concrete masks {', '.join(KINDS)}, and axes names {', '.join(others)}; leave that out of axes"
+                f"reduce hard_concrete masks {', '.join(self.shape)}, and axes names {', '.join(others)}; leave that out of axes"
             )
 
         for kind in self._given(work):
@@ -190,7 +190,7 @@ class HardConcrete(Reduction):
             )
 
     def _kinds(self, work: Work) -> list[str]:
-        return [kind for kind in KINDS if kind in work.recipe.axes and any(axis.kind == kind for axis in work.axes)]
+        return [kind for kind in self.shape if kind in work.recipe.axes and any(axis.kind == kind for axis in work.axes)]
 
     def _given(self, work: Work) -> dict[str, int]:
         """The sizes asked for, for those kinds that have more units now."""
@@ -318,7 +318,7 @@ def _gates(axes: Sequence[Axis], z: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for kind in z.keys() - {"layers"}:
         gates |= dict(zip([axis.name for axis in axes if axis.kind == kind], z[kind], strict=True))
     if "layers" in z:
-        gates |= {axis.name: z["layers"][0][axis.layer, None] for axis in axes if axis.kind in ("attentions", "mlps")}
+        gates |= {axis.name: z["layers"][0][axis.layer, None] for axis in axes if axis.kind in BLOCKS}
     return gates
 
 
@@ -360,7 +360,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
             weight.mul_(values.repeat_interleave(axis.gate.width).to(weight))
         elif axis.name == "layers":
             for block in axes:
-                if block.kind in ("attentions", "mlps") and block.layer is not None:
+                if block.kind in BLOCKS and block.layer is not None:
                     scale_block(model, axes, block, float(values[block.layer]))
         else:
             _fold_channels(model, axes, axis, values)
@@ -370,7 +370,7 @@ def _fold_channels(model: nn.Module, axes: Sequence[Axis], axis: Axis, values: T
     """Scale the embeddings, all weights that write the stream and the norms after blocks; see `fold` for tied embeddings."""
     embeddings: Any = CAUSAL_LM.entrance(model)
     head = CAUSAL_LM.head(model)  # a model of another task has none
-    last = [block.modules[-1] for block in axes if block.kind in ("attentions", "mlps")]
+    last = [block.modules[-1] for block in axes if block.kind in BLOCKS]
     behind = [name for name in last if getattr(model.get_submodule(name), "weight", None) is not None]  # norms after blocks
     for piece in axis.slices:
         parameter = model.get_parameter(piece.parameter)

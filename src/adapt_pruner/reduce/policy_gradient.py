@@ -19,6 +19,7 @@ from torch import Tensor
 from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.kinds import USUAL
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.tokens import batches_of
 from adapt_pruner.errors import RunError, UsageError
@@ -40,7 +41,6 @@ from adapt_pruner.work import Change, Passes, TextUse, Work
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
 
-_KINDS = ("neurons", "kv_heads")
 _EPS = 1e-7
 
 
@@ -91,7 +91,7 @@ class PolicyGradient(Units):
 
     def check(self, work: Work) -> None:
         """Refuse axes other than neurons and KV heads."""
-        others = [kind for kind in work.recipe.axes if kind not in _KINDS]
+        others = [kind for kind in work.recipe.axes if kind not in USUAL]
         if others:
             raise UsageError(
                 f"reduce policy_gradient draws neurons and kv_heads, and axes names {', '.join(others)}; leave that out of axes"
@@ -132,7 +132,7 @@ class PolicyGradient(Units):
             batches = yield from self._learn(work, axes, keep)
         budget = Budget(keep=target, total=now + repair_parameters(work))
         # If neurons can pay the rest, heads lose just the share that is due.
-        both = {axis.kind for axis in axes} == set(_KINDS)
+        both = {axis.kind for axis in axes} == set(USUAL)
         structure = {"structure": "AL-MM", "heads": max(0.0, 1 - keep)} if both else {"structure": "AL-AM"}
         choose = within_widths(work, partial(standardised, step=1.0, by="feature", **structure))
         sizes, _ = choose(self._stay, axes, budget, debt=Debt.none(axes))

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.recipe import WHOLE, parts
-from adapt_pruner.reduce.choose.allocate import HEADS, Debt
+from adapt_pruner.recipe import parts
+from adapt_pruner.reduce.choose.allocate import Debt
 from adapt_pruner.reduce.choose.cutline import cut_line
 from adapt_pruner.reduce.choose.widths import check_multiple, fitting, levelled
 from adapt_pruner.reduce.repair.closed_form import without_bias
@@ -53,10 +55,12 @@ class Units(Reduction):
     def check(self, work: Work) -> None:
         """Refuse axes that the model lacks, a `multiple_of` that is too large, and `sequential_scoring` that cannot work."""
         recipe = work.recipe
-        kinds = {axis.kind for axis in work.axes} | {name.rpartition(".")[2] for name in work.state.began}
-        if missing := [kind for kind in recipe.axes if kind not in kinds]:
+        kinds = {axis.kind for axis in work.axes} | {kind_of(name) for name in work.state.began}
+        whole = families.left_whole(work.model.config)
+        missing = [kind for kind in recipe.axes if kind not in kinds and (kind not in whole or not kinds & set(recipe.axes))]
+        if missing:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
-        if _is_periodic(work) and {"layers", "attentions", "mlps"} & set(recipe.axes) != {"layers"}:
+        if _is_periodic(work) and set(WHOLE) & set(recipe.axes) != {"layers"}:
             raise UsageError(
                 f"chooser {recipe.chooser} keeps the pattern of whole layers, and axes is {', '.join(recipe.axes)}; name layers in axes and leave "
                 "out attentions and mlps, or set periodic=false"

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 from adapt_pruner.core.events import Cut, Event, Start
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.report.figures import after, sizes_of
 
 __all__ = ["Bars"]
 
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
-_NAMES = {"neurons": "neurons", "kv_heads": "KV heads", "query_heads": "query heads"}
 
 
 class Bars:
@@ -31,10 +31,11 @@ class Bars:
     def lines(self, width: int) -> list[str]:
         """Bars of neurons, and of heads if one is gone; side by side if `width` characters are enough."""
         lines = []
-        for kind, name in _NAMES.items():
+        for kind in ("neurons", *HEADS):
             before = [sizes.get(kind, 0) for sizes in self._began.values()]
             now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
             if any(before) and (kind == "neurons" or now != before):
+                name = kind.replace("kv_", "KV ").replace("_", " ")
                 lines.append(f"{name} {''.join(map(_bar, now, before))} {sum(now) / sum(before):.0%}")
         if len(together := "  ".join(lines)) <= width:
             return [together]

@@ -91,7 +91,7 @@ def try_card(folder: Path, *, path: Path, listen: Listener) -> None:
         write_card(folder)
     except Exception as error:
         message = f"the result has no model card: {first_line(error)}; `{typed('card', path)}` tries again"
-        listen(Warned(message=message).to_dict())
+        listen(Warned(message=message))
 
 
 def card_of(folder: Path, *, exported: tuple[str, Mapping[str, Any]] | None = None) -> str:

@@ -8,6 +8,7 @@ from itertools import accumulate, count, pairwise
 
 from adapt_pruner.core.events.run import MasksLearnt, Searched
 from adapt_pruner.core.events.words import Form, counted, score, shots, shown, tick, ticks
+from adapt_pruner.core.model.kinds import LABELS
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
 __all__ = [
@@ -15,10 +16,6 @@ __all__ = [
     "cut_lines", "importance", "mixing", "perplexities", "search", "sparsity", "tasks", "training", "widths",
 ]  # fmt: skip
 
-KINDS = {
-    "neurons": "MLP neurons", "kv_heads": "KV heads", "query_heads": "query heads of each KV head", "layers": "layers",
-    "experts": "experts", "residual": "channels of the stream", "width": "channels of the stream", "vocabulary": "tokens",
-}  # fmt: skip
 TONES = 6
 """Number of colours of lines; more lines use them again."""
 
@@ -256,7 +253,7 @@ def anatomy(figures: Figures) -> Anatomy | None:
         ]
         gone = [[max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)]
         if any(total):
-            panels.append(Panel(KINDS.get(kind, kind), total, course[-1], gone))
+            panels.append(Panel(LABELS.get(kind, kind), total, course[-1], gone))
     said = []
     for panel in panels:
         share = 1 - sum(panel.left) / sum(panel.total)
@@ -316,7 +313,7 @@ def cut_lines(figures: Figures) -> list[Histogram]:
                 near = sum(kept[half : half + 4]) / max(1, sum(kept))
                 histograms.append(
                     Histogram(
-                        f"line-{cut.iteration}-{kind}", f"Scores of {KINDS.get(kind, kind)} at cut {_name(cut)}",
+                        f"line-{cut.iteration}-{kind}", f"Scores of {LABELS.get(kind, kind)} at cut {_name(cut)}",
                         f"{sum(removed):,} of {sum(removed) + sum(kept):,} went: in each layer those that score below its cut line. {near:.0%} of those that stay score less than twice the line.",
                         kept, removed,
                     )

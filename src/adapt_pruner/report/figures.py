@@ -8,20 +8,16 @@ from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Searched
+from adapt_pruner.core.events import BILL, Evaluation, Event, Split, Start, Step, Tasks, Warned
+from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Resumed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
+from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
 __all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
 
-PHASES = {
-    "score": "scoring", "repair": "repair", "cut": "cutting", "train": "training", "evaluate": "evaluation", "save": "saving",
-    "other": "all else",
-}  # fmt: skip
 _MOST_STATES = 8  # iterations of one stage that are shown
-_INSIDE = {"attentions": ("kv_heads", "query_heads"), "mlps": ("neurons",)}  # kinds of units removed with a layer's whole block
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,7 @@ class Figures:
             kind: max(sizes.get(kind, 0) for sizes in layers)
             for kind in dict.fromkeys(kind for sizes in layers for kind in sizes)
         }
-        return sorted(
-            (kind for kind in most if kind in self.asked or kind in ("neurons", "kv_heads")), key=lambda kind: -most[kind]
-        )
+        return sorted((kind for kind in most if kind in self.asked or kind in USUAL), key=lambda kind: -most[kind])
 
 
 def figures_of(record: Record) -> Figures:
@@ -178,7 +172,7 @@ def figures_of(record: Record) -> Figures:
         tokens=_tokens(record, [*evaluations, *after_cuts]),
         wall=_wall(record.events),
         peak_bytes=max(filter(None, [*(step.peak_bytes for step in record.of(Step)), figures.get("peak_bytes")]), default=None),
-        asked={name.rpartition(".")[2] for cut in record.of(events.Cut) for name in cut.sizes or ()},
+        asked={kind_of(name) for cut in record.of(events.Cut) for name in cut.sizes or ()},
         warnings=list(dict.fromkeys(event.message for event in record.of(Warned))),
         notes=notes,
     )
@@ -218,7 +212,7 @@ def after(
     left = cut.layers_left if cut.layers_left is not None else left
     now = {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}
     for sizes in now.values():
-        gone = [kind for block, kinds in _INSIDE.items() if sizes.get(block) == 0 for kind in kinds]  # removed with a whole block
+        gone = [kind for block, kinds in BLOCKS.items() if sizes.get(block) == 0 for kind in kinds]  # removed with a whole block
         sizes.update({kind: 0 for kind in gone if kind in sizes})
     return now, left
 
@@ -414,13 +408,11 @@ def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     figures = record.figures
     by_phase = {
-        phase: float(figures[f"seconds_{phase}"]) for phase in PHASES if number_of(figures.get(f"seconds_{phase}")) is not None
+        phase: float(figures[f"seconds_{phase}"]) for phase in BILL if number_of(figures.get(f"seconds_{phase}")) is not None
     }
     if not by_phase and record.checkpoint is not None:
         spent = record.state.get("spent")
-        by_phase = (
-            {phase: float(seconds) for phase, seconds in spent.items() if phase in PHASES} if isinstance(spent, dict) else {}
-        )
+        by_phase = {phase: float(seconds) for phase, seconds in spent.items() if phase in BILL} if isinstance(spent, dict) else {}
         if by_phase:
             notes.append(
                 f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log"

@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from adapt_pruner.core.events import Start
+from adapt_pruner.core.events import BILL, Start
 from adapt_pruner.core.events.words import compact, counted, duration, measured_text, shown, typed
 from adapt_pruner.core.system.files import check_place, is_page, why, write_whole
 from adapt_pruner.data.sources import SELF
@@ -13,7 +13,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
 from adapt_pruner.report.advice import Advice, advice
-from adapt_pruner.report.figures import PHASES, Figures, Row, figures_of
+from adapt_pruner.report.figures import Figures, Row, figures_of
 from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.template import placeless, rendered
 
@@ -105,7 +105,7 @@ def page(record: Record) -> str:
     way, scored = _way(record)
     return rendered(
         "run.html", f=figures, recipe=record.recipe, charts=pictures(figures), model=Path(figures.model).name or figures.model,
-        folder=record.path.resolve().name, lead=_lead(figures), way=way, scored=scored, answers=_answers(figures), phases=PHASES,
+        folder=record.path.resolve().name, lead=_lead(figures), way=way, scored=scored, answers=_answers(figures), phases=BILL,
         bill_rows=_bill(figures), facts=_facts(record), commands=_commands(record, figures), recipe_text=placeless(record.recipe_text or ""),
         advice=_advice(record, figures),
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _bill(figures: Figures) -> list[list[str]]:
     """Time and tokens of each phase, and their sums."""
     total = sum(figures.seconds.values())
     rows = []
-    for phase, name in PHASES.items():
+    for phase, name in BILL.items():
         seconds, tokens = figures.seconds.get(phase), figures.tokens.get(phase)
         if seconds or tokens:  # work after the newest checkpoint has only tokens
             time_and_share = [duration(seconds), f"{seconds / total:.1%}"] if seconds else ["–", "–"]

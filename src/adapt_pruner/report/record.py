@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from adapt_pruner.core.events import Event, is_logged, parse_line
+from adapt_pruner.core.events import Event, parse_line
 from adapt_pruner.core.events.progress import RunProgress
 from adapt_pruner.core.system.files import PROGRESS, read_plain, weight_bytes
 from adapt_pruner.core.system.locks import is_held
@@ -120,7 +120,7 @@ def read_record(run_dir: str | Path) -> Record:
     )
 
 
-def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
+def record_of_result(path: Path, events: Iterable[Event]) -> Record:
     """The record of a run that kept only its result.
 
     Args:
@@ -132,7 +132,7 @@ def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
     recipe = pruning.get("recipe") or {}
     return Record(
         path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse_line(to_json(told)))],
+        made_by=str(pruning.get("made_by") or ""), events=[read for event in events if event.logged and (read := parse_line(to_json(event.to_dict())))],
         pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=weight_bytes(path), kept=False,
         trouble=trouble,
     )  # fmt: skip
@@ -174,8 +174,8 @@ def read_progress(path: Path) -> tuple[RunProgress, float] | None:
     """Where the run in this folder last said that it stands, and when (Unix seconds); None if there is nothing to read."""
     try:
         data = read_json(path / PROGRESS)
-        return RunProgress.from_json(data), float(data["time"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return RunProgress(**data), float(data["time"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step, parse
+from adapt_pruner.core.events import TOLD_AS, Cut, Evaluation, Event, Progress, Start, Step
 from adapt_pruner.core.events.comparison import InCell
 from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.events.run import Within
@@ -87,12 +86,7 @@ class Screen:
         self._figures: dict[str, str] = {}  # figures shown beside the phase
         self._kept: tuple[RunProgress, float] | None = None  # where a watched run stands, and the time of that
 
-    def __call__(self, data: dict[str, Any]) -> None:
-        """Show what a listener is told, as it happens."""
-        if (event := parse(data)) is not None:
-            self.hear(event)
-
-    def hear(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
         """Show one event: as it happens or, if it has a `time`, from a log."""
         self._tracker.hear(event)
         self._bars.hear(event)
@@ -165,7 +159,7 @@ class Screen:
 class _Teller(Screen):
     """Prints each event as a line of JSON."""
 
-    def hear(self, event: Event) -> None:
+    def __call__(self, event: Event) -> None:
         middle = isinstance(event, Progress) and 0 < event.done < event.of
         if middle and time.monotonic() - self._last_line < _TOLD_EVERY:
             return

@@ -2,10 +2,9 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.core.events import Interrupted, Listener, Load, Saved, Warned, parse
+from adapt_pruner.core.events import Event, Interrupted, Listener, Load, Saved, Warned
 from adapt_pruner.core.system.files import check_place, expanded
 from adapt_pruner.export import check_form
 from adapt_pruner.export import export as write
@@ -63,13 +62,12 @@ def run(
     """
     folder = Path(run_dir)
 
-    def tell(data: dict[str, Any]) -> None:
-        event = parse(data)
+    def tell(event: Event) -> None:
         finished = isinstance(event, Saved | Interrupted) and Path(event.path or "") == folder / "model"
         trouble = try_report(folder) if finished else None
-        listen(data)
+        listen(event)
         if trouble:
-            listen(Warned(message=trouble).to_dict())
+            listen(Warned(message=trouble))
 
     with trackers.reporting(recipe, folder, listen) as listen:
         write_more = partial(try_card, path=folder / "model", listen=listen)
@@ -109,11 +107,11 @@ def export(
     out = Path(out)
     check_form(to, quant=quant, pad=pad)
     check_place(out)
-    listen(Load(model=model).to_dict())
+    listen(Load(model=model))
     loaded = load(model, trust_remote_code=trust_remote_code)
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
     if out.is_dir() and (lacking := write_card_of_export(expanded(loaded.source), out, to)) is not None:
         notes = [*notes, lacking]
     for note in notes:
-        listen(Warned(message=note).to_dict())
+        listen(Warned(message=note))
     return notes

@@ -20,12 +20,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import read_state
-from adapt_pruner.core.events import is_logged, parse
+from adapt_pruner.core.events import Event
 from adapt_pruner.core.events.progress import ProgressTracker
 from adapt_pruner.core.events.words import typed
 from adapt_pruner.core.system import world
@@ -142,7 +143,7 @@ class RunFolder:
     def _forced(self) -> str:
         return f"`{typed('run', 'RECIPE', '-o', self.path, '--force-recipe')}`"
 
-    def log(self, event: dict[str, Any]) -> None:
+    def log(self, event: Event) -> None:
         """Add an event to log.jsonl, unless events of its kind are not kept.
 
         A run may still be refused before it begins or goes on, so its first events wait until then.
@@ -150,9 +151,9 @@ class RunFolder:
         Raises:
             RunError: the log could not be written.
         """
-        if not is_logged(event):
+        if not event.logged:
             return
-        line = to_json({"time": time.time()} | event) + "\n"
+        line = to_json({"time": time.time()} | event.to_dict()) + "\n"
         if not self._begun:
             self._early.append(line)
             return
@@ -165,15 +166,14 @@ class RunFolder:
                 f"{self.path / 'log.jsonl'} could not be written: {why(error)}; correct that and give the same command again"
             ) from error
 
-    def write_progress(self, event: dict[str, Any]) -> None:
+    def write_progress(self, event: Event) -> None:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
-        if (heard := parse(event)) is not None:
-            self._tracker.hear(heard)
+        self._tracker.hear(event)
         if time.monotonic() - self._written < _EVERY or not self.is_here:
             return
         self._written = time.monotonic()
         with suppress(OSError):
-            text = to_json({"time": time.time(), **self._tracker.at().to_dict()})
+            text = to_json({"time": time.time(), **asdict(self._tracker.at())})
             (self.path / PROGRESS).write_text(text, encoding="utf-8")
 
     @property

@@ -8,8 +8,7 @@ from functools import partial
 from typing import Any
 
 from adapt_pruner.checkpoint.load import has_weights, pick_device
-from adapt_pruner.core.events import Listener, Progress
-from adapt_pruner.core.events.progress import EASE
+from adapt_pruner.core.events import Listener, Progress, phase_of
 from adapt_pruner.core.events.run import Planned, Probe
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
@@ -39,22 +38,7 @@ _PROBED_TOKENS = 512
 def dry_run(
     recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
 ) -> dict[str, Any]:
-    """The plan of a run, with its time and memory; nothing is written.
-
-    If the weights are on this machine and the run fits its memory, the model is loaded and the texts are found. A batch of random tokens, forward and
-    backward, then probes the speed. Otherwise only config.json is read, and the speed is assumed. Memory and operations are those
-    of `estimate`. `too_large` says that the memory is not enough, and what would be. `time_without` names the work whose time nobody can compute. `minutes` are those of the recipe, which may end
-    its training sooner.
-
-    Args:
-        recipe: the run.
-        listen: told of events.
-        trust_remote_code: whether code that comes with the model may run.
-        processes: number of processes that would share the work.
-
-    Raises:
-        UsageError: the recipe does not fit the model, or a text, task or package is missing.
-    """
+    """The plan of a run, with its time and memory; for arguments, result and errors see `api.pruning.dry_run`."""
     recipe = recipe.ready()
     here = has_weights(recipe.model)
     trouble = room(recipe, trust_remote_code=trust_remote_code) if here else ""
@@ -115,7 +99,7 @@ def _spans(work: Work, dense: Shapes, how: Setup, speed: Speed, planned: Planned
     """Seconds before the first stage, and of each stage."""
     spans = [0.0] * (1 + len(work.stages))
     for item in planned.items:
-        number, ease = item["stage"], EASE.get(item["phase"], 1.0) if how.device == "cpu" else 1.0
+        number, ease = item["stage"], phase_of(item["phase"]).ease if how.device == "cpu" else 1.0
         flops = item["times"] * (item["flops"] or 0.0) / ease
         if item["phase"] == "train":
             stage = work.stages[number - 1]

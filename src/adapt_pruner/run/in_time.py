@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner import recipe as recipes
-from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine, Progress
+from adapt_pruner.core.events import DEFAULT_TEXT, Listener, Progress
+from adapt_pruner.core.events.run import PlanLine
 from adapt_pruner.core.events.words import compact, typed
 from adapt_pruner.core.model.budget import parse_count
 from adapt_pruner.core.system import world
@@ -74,7 +75,7 @@ def recipe_in_time(
     if (begun := _begun(out, overrides, plain, asked=asked, listen=listen)) is not None:
         return begun
     check_trackers(plain)
-    listen(Progress(phase="read", done=0, of=0).to_dict())
+    listen(Progress(phase="read", done=0, of=0))
     parts = split_off_heldout(spec)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
     tokens_of = parts.tokens(work.tokenizer, length=TRAINING_ROW)
@@ -83,9 +84,9 @@ def recipe_in_time(
     wanted = Asked(train, held_out, *tokens_of, text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
     plan = planned(machine, its, wanted)
     for line in plan.lines:
-        listen(PlanLine(text=line).to_dict())
+        listen(PlanLine(text=line))
     if overrides:
-        listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").to_dict())
+        listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}"))
     settings = dict(plan.settings)
     if "step" in named:  # layers differ by amplitude / step
         settings["amplitude"] = plain.step
@@ -139,6 +140,6 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
     listen(PlanLine(text=(
         f"the run may now take {now[2]} minutes instead of {before[2]}; training ends earlier if it has read all "
         f"{compact(recipe.training.tokens)} tokens that were prepared"
-    )).to_dict())  # fmt: skip
+    )))  # fmt: skip
     more = float(now[2]) - float(before[2])  # the recipe's minutes are fewer than were asked for, by those of the probe
     return recipe.model_copy(update={"minutes": max(1e-3, recipe.minutes + more), "about": asked})

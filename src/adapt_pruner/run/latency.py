@@ -184,7 +184,7 @@ def _in_turn(
     ids: Tensor = torch.randint(size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     shares, seconds = [], []
     for round_idx in range(rounds + 1):
-        listen(Progress(phase="time", what="the result", done=round_idx, of=rounds).to_dict())
+        listen(Progress(phase="time", what="the result", done=round_idx, of=rounds))
         theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
         if round_idx:  # the first round is slow
             shares.append(ours / theirs)

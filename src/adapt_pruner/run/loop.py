@@ -3,16 +3,15 @@
     prune   one pass without checkpoints; writes the result
     run     the same in a run folder, which a stopped run goes on from (see `run.resume`)
 
-A listener is told of every event as a plain dict with the key `event`. The library itself prints nothing.
+A listener is told of every event. The library itself prints nothing.
 """
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from adapt_pruner.checkpoint.save import check_target
-from adapt_pruner.core.events import Cut, Finished, Listener, Saved
+from adapt_pruner.core.events import Cut, Event, Finished, Listener, Saved
 from adapt_pruner.core.events.run import Within
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, UsageError
@@ -82,7 +81,7 @@ def run(
         changed = world.on_main(lambda: folder.check(recipe.ready(), force=force_recipe))
         if world.agreed(folder.is_finished):
             world.on_main(lambda: folder.tidy_at_end(recipe))
-            listen(Finished(path=str(folder.result)).to_dict())
+            listen(Finished(path=str(folder.result)))
             return None
         try:
             tell = _logged(listen, folder)
@@ -175,7 +174,7 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
 def _logged(listen: Listener, folder: RunFolder) -> Listener:
     """A listener that also writes the log and where the run stands; on processes other than the main one it does nothing."""
 
-    def tell(event: dict[str, Any]) -> None:
+    def tell(event: Event) -> None:
         if world.is_main():
             folder.log(event)
             folder.write_progress(event)

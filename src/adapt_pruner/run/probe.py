@@ -62,7 +62,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
             raise UsageError(trouble)
     work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
-    listen(Probe().to_dict())
+    listen(Probe())
     model, config = work.model, work.model.config
     device, dense = next(model.parameters()).device, shapes(work.model)
     narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)

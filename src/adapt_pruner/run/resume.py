@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import pick_device
 from adapt_pruner.checkpoint.state import identity, load_state, save_state, start_of
-from adapt_pruner.core.events import Interrupted, Listener, Resumed, Saved
+from adapt_pruner.core.events import Interrupted, Listener, Saved
+from adapt_pruner.core.events.run import Resumed
 from adapt_pruner.core.events.words import counted, typed
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.provenance import made_by
@@ -165,12 +166,12 @@ def interrupted(error: BaseException, folder: RunFolder, listen: Listener) -> Ba
         folder.tidy()
     if folder.is_finished:  # the interrupt came after the model was written
         message = f"the result is complete in {folder.result}"
-        listen(Interrupted(message=message, path=str(folder.result)).to_dict())
+        listen(Interrupted(message=message, path=str(folder.result)))
         return error
     newest, _, _ = folder.newest(thorough=False)  # a quick check: people who interrupt do not wait long
     where = f"the last complete checkpoint is {newest}" if newest else "no checkpoint was complete yet"
     if isinstance(error, RunError):
         return RunError(f"{error}; {where}")
     then = "continues from there" if newest else "starts again"
-    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}").to_dict())
+    listen(Interrupted(message=f"{where}; the same command with -o {folder.path} {then}"))
     return error

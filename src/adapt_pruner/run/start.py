@@ -16,12 +16,15 @@ from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events
-from adapt_pruner.core.events import Find, Listener, Load, Start, VocabularyCut
+from adapt_pruner.core.events import Find, Listener, Load, Start
+from adapt_pruner.core.events.run import VocabularyCut
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.model.feed import Feed
+from adapt_pruner.core.model.kinds import BLOCKS, OF_THE_MODEL
 from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.model.shards import stage_tokens
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.provenance import to_install
@@ -44,7 +47,7 @@ from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.run.plan import check_memory, free_bytes, too_large
 from adapt_pruner.run.teacher import teacher_of
-from adapt_pruner.train.loop import stage_tokens, whole_batches
+from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
 __all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
@@ -94,13 +97,13 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
-    listen(Load(model=recipe.model).to_dict())
+    listen(Load(model=recipe.model))
     if check and (trouble := room(recipe, trust_remote_code=trust_remote_code)):
         raise UsageError(trouble)
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
-    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised).to_dict())
+    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised))
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
     if (zeros := loaded.weight_mask) is not None:
@@ -154,7 +157,7 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
     cut(loaded.model, axes, mask)
     left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
-    listen(left.to_dict())
+    listen(left)
     return replace(loaded, tokenizer=smaller), mask
 
 
@@ -213,8 +216,8 @@ def _check_class(work: Work) -> None:
 def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
-    unequal = [axis for axis in recipe.axes if axis not in ("residual", "layers")]
-    blocks = [axis for axis in unequal if axis in ("attentions", "mlps")]
+    unequal = [axis for axis in recipe.axes if axis not in OF_THE_MODEL]
+    blocks = [axis for axis in unequal if axis in BLOCKS]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
     if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):
         remedy = "" if blocks else "set equal_widths=true, or "
@@ -416,7 +419,7 @@ def _check_machine(work: Work) -> None:
     if asked.liger and families.is_sliced(model.config):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
     lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
-    if asked.liger and (lacking or {"attentions", "mlps"} & set(work.recipe.axes)):
+    if asked.liger and (lacking or set(BLOCKS) & set(work.recipe.axes)):
         raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
     if asked.liger and next(model.parameters()).device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.core.events import Listener, Resumed, Start, Step, Warned, parse
+from adapt_pruner.core.events import Event, Listener, Start, Step, Warned
+from adapt_pruner.core.events.run import Resumed
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
@@ -55,14 +56,11 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             do(running[name])
         except Exception as error:  # a run is worth more than its curves
             del running[name]
-            listen(Warned(message=f"{name} failed and receives no more figures of this run: {first_line(error)}").to_dict())
+            listen(Warned(message=f"{name} failed and receives no more figures of this run: {first_line(error)}"))
 
-    def tell(data: dict[str, Any]) -> None:
+    def tell(event: Event) -> None:
         nonlocal step
-        listen(data)
-        event = parse(data)
-        if event is None:
-            return
+        listen(event)
         if isinstance(event, Start):  # not before: a run that is refused leaves nothing behind
             for name in recipe.report_to:
                 start(name)

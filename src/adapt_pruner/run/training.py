@@ -104,24 +104,55 @@ class Trainer:
             return
         tokens = work.recipe.training.tokens
         asked = min(tokens, work.expected or tokens)
-        in_time = None if work.recipe.minutes is None else self._seconds_left
-        for step in self.train_steps(until=until, seconds_left=in_time):
+        in_time = work.recipe.minutes is not None
+        for step in self.train_steps(until=until, in_time=in_time):
             if step.reach < _SLOW * asked:
                 work.warn_of_stage(
                     f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
                     "learning rate comes down by then"
                 )
-        if in_time is not None and progress.tokens == 0:
+        if in_time and progress.tokens == 0:
             work.warn(
                 f"the {work.recipe.minutes:g} minutes were over before training began; give more minutes, or prune in fewer cuts (a larger step)"
             )
 
     def _seconds_left(self) -> float:
-        """Seconds until training has to end, so that there is time to measure again, as at the start, and to write the result."""
+        """Seconds that this stage and all later ones may train.
+
+        Time is kept to measure again, as at the start, and to write the result; and for what later stages do besides training.
+        """
         work = self._work
-        measuring = float(work.state.figures.get("measuring_seconds", work.state.spent["evaluate"]))
-        after = measuring + self._last_save + _AFTERWARDS
-        return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after
+        after = self._measured_at_start + self._last_save + _AFTERWARDS
+        return 60 * (work.recipe.minutes or math.inf) - work.elapsed - after - self._besides_training()
+
+    def _stage_seconds_left(self) -> float:
+        """Seconds that this stage may train: by its end its share of the run's training has to be done, by tokens as planned."""
+        work, left = self._work, self._seconds_left()
+        tokens = [stage.tokens for stage in work.stages]
+        share = sum(tokens[: work.state.stage]) / max(1, sum(tokens))
+        if share == 1:
+            return left
+        _ = work.state.seconds  # brings `spent` up to now
+        trained = work.state.spent["train"]
+        return share * (trained + left) - trained
+
+    @property
+    def _measured_at_start(self) -> float:
+        return float(self._work.state.figures.get("measuring_seconds", self._work.state.spent["evaluate"]))
+
+    def _besides_training(self) -> float:
+        """Seconds that later stages will prune, measure and save, if they go on as those so far."""
+        work, state = self._work, self._work.state
+        later = len(work.stages) - state.stage
+        if later <= 0:
+            return 0.0
+        reached, spent = work.stages[state.stage - 1].params, state.spent
+        removed = max(1, work.budget.total - reached)
+        pruned = (spent["score"] + spent["repair"] + spent["cut"]) / removed * (reached - work.stages[-1].params)
+        measured = max(0.0, spent["evaluate"] - self._measured_at_start) / (
+            2 * state.stage - 1
+        )  # after the cuts and the training
+        return pruned + 2 * later * (measured + self._last_save)
 
     @property
     def expected_tokens(self) -> int:
@@ -139,22 +170,20 @@ class Trainer:
             return read + read / took * max(0.0, seconds_left)
         return self._work.expected or math.inf
 
-    def train_steps(
-        self, *, until: int, around: Around = lambda objective: objective, seconds_left: Callable[[], float] | None = None
-    ) -> Iterator[Step]:
+    def train_steps(self, *, until: int, around: Around = lambda objective: objective, in_time: bool = False) -> Iterator[Step]:
         """Yield each step up to row `until` before it is taken; then take it, tell of it, and save a checkpoint if one is due.
 
         An interrupt (Ctrl-C, SIGTERM, SIGHUP) waits until the step is taken, and a checkpoint is written first.
 
         A reduction that removes units between steps, or trains more than weights, has this as `work.training`. `around` turns the
-        recipe's objective into the one to train with. With `seconds_left` training ends when no more time is left.
+        recipe's objective into the one to train with. With `in_time` training ends when the stage has no more time left.
         """
         work, progress = self._work, self._work.state.progress
         assert work.data.feed is not None
         work.begins("train", stage=work.state.stage)
         with work.state.clock("train"), deferred(when=self._save is not None) as interrupts:
             began, tokens = time.perf_counter(), progress.tokens
-            for step in self._steps(until=until, around=around, seconds_left=seconds_left):
+            for step in self._steps(until=until, around=around, in_time=in_time):
                 step.afterwards(partial(self._tell, step, began, tokens))
                 yield step
                 step.take()
@@ -177,7 +206,7 @@ class Trainer:
         for event in work.data.feed.news() if work.data.feed is not None else ():
             work.tell(event)
 
-    def _steps(self, *, until: int, around: Around, seconds_left: Callable[[], float] | None) -> Iterator[Step]:
+    def _steps(self, *, until: int, around: Around, in_time: bool) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
         work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
@@ -190,8 +219,9 @@ class Trainer:
             objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
-            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
-            expected=math.inf if seconds_left is None else world.agreed(self._expected(seconds_left())),
+            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
+            seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
+            expected=world.agreed(self._expected(self._seconds_left())) if in_time else math.inf,
         )  # fmt: skip
         with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)

@@ -31,7 +31,6 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "make_optimizer",
-    "stage_tokens",
     "steps",
     "whole_batches",
 ]
@@ -79,6 +78,7 @@ class TrainConfig:
         task: what the model learns; it says how many predictions of a batch count.
         seconds_left: how many seconds training may still take; None for no deadline. With a deadline training may end early, and
             the learning-rate curve with it: the share of the run done is then a share of the tokens that fit.
+        stage_seconds_left: how many of these are left to the stage that trains now; None for all.
         expected: tokens of the whole run that should fit, as long as the pace is not known; infinite if nobody can say.
     """
 
@@ -94,6 +94,7 @@ class TrainConfig:
     seed: int = 0
     task: Task = CAUSAL_LM
     seconds_left: Callable[[], float] | None = None
+    stage_seconds_left: Callable[[], float] | None = None
     expected: float = math.inf
 
 
@@ -145,23 +146,6 @@ def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: t
     return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
 
 
-def stage_tokens(total: int, *, stages: int, shards: str) -> list[int]:
-    """Tokens of each of T stages k: `linear` 2k / (T(T+1)) of the total, `constant` 1 / T, `cosine` steps of 1 - cos(kπ / 2T).
-
-    The last stage takes what rounding leaves.
-
-    Source: Adapt-Pruner, arXiv:2502.03460, the released `seperate_strategy`.
-    """
-    t = stages
-    shares: dict[str, Callable[[int], float]] = {
-        "linear": lambda k: 2 * k / (t * (t + 1)),
-        "constant": lambda k: 1 / t,
-        "cosine": lambda k: math.cos((k - 1) * math.pi / (2 * t)) - math.cos(k * math.pi / (2 * t)),
-    }
-    tokens = [int(total * shares[shards](k)) for k in range(1, t + 1)]
-    return tokens[:-1] + [total - sum(tokens[:-1])]
-
-
 def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
     """The rows at which stages end, each but the last rounded to the nearest whole batch, halves up.
 
@@ -204,7 +188,7 @@ def steps(
     device = next(model.parameters()).device
     was_training, random_state = model.training, torch.get_rng_state()
     model.train()
-    pace = Pace(how.seconds_left, expected=how.expected)
+    pace = Pace(how.seconds_left, of_stage=how.stage_seconds_left, expected=how.expected)
     try:
         while progress.rows < until and not pace.is_up():
             reach = pace.reach(progress.tokens)

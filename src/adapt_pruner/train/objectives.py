@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.loss import LogitLoss, log_softmax_, logit_cap, nll_of_logits
+from adapt_pruner.core.model.loss import LogitLoss, log_softmax_, logit_map, nll_of_logits
 from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
@@ -131,11 +131,10 @@ def kl_of_logits(
         task: finds the teacher's head.
     """
     nll, t = nll_of_logits(targets), temperature
-    head, cap = task.head(teacher), logit_cap(teacher)
+    head, logits_of = task.head(teacher), logit_map(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
-        wanted = F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype)
-        wanted = wanted if cap is None else wanted.div_(cap).tanh_().mul_(cap)
+        wanted = logits_of.apply_(F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype))
         ours = logits if t == 1 and alpha == 1 else logits / t  # the logits themselves may be overwritten
         log_p, log_q = log_softmax_(wanted if t == 1 else wanted.div_(t)), log_softmax_(ours)
         p = log_p.exp()

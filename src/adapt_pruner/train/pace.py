@@ -18,14 +18,21 @@ class Pace:
     first step does not count, since it includes preparation. Every process uses the clock of the main process.
     """
 
-    def __init__(self, seconds_left: Callable[[], float] | None, *, expected: float = math.inf) -> None:
+    def __init__(
+        self,
+        seconds_left: Callable[[], float] | None,
+        *,
+        of_stage: Callable[[], float] | None = None,
+        expected: float = math.inf,
+    ) -> None:
         """Start the clock.
 
         Args:
             seconds_left: how many seconds training may still take; None stands for no deadline.
+            of_stage: how many of these are left to the present stage; None stands for all.
             expected: tokens of the whole run that should be read by then, as long as the pace is not known.
         """
-        self._seconds_left, self._expected = seconds_left, expected
+        self._seconds_left, self._of_stage, self._expected = seconds_left, of_stage or seconds_left, expected
         self._marks: deque[tuple[float, int]] = deque(maxlen=_STEPS + 1)  # (seconds left, tokens read) after each step
 
     def taken(self, tokens: int) -> None:
@@ -46,11 +53,11 @@ class Pace:
         return tokens + (after - before) / max(first - last, 1e-9) * max(0.0, self._left())
 
     def is_up(self) -> bool:
-        """Whether there is no time for another step: less than half of what each of the last steps took, on average."""
-        if self._seconds_left is None:
+        """Whether the stage has no time for another step: less than half of what each of the last steps took, on average."""
+        if self._of_stage is None:
             return False
         each = (self._marks[0][0] - self._marks[-1][0]) / (len(self._marks) - 1) if len(self._marks) > 1 else 0.0
-        return self._left() <= each / 2
+        return world.agreed(self._of_stage()) <= each / 2
 
     def _left(self) -> float:
         assert self._seconds_left is not None

@@ -2,8 +2,7 @@
 
 from typing import Any, Literal
 
-from adapt_pruner.core.events import words
-from adapt_pruner.core.events.base import Count, Event, Seconds, parse
+from adapt_pruner.core.events import Count, Event, Seconds, parse, words
 from adapt_pruner.core.events.words import millions, shown
 from adapt_pruner.core.system.strict_json import perplexity_of
 

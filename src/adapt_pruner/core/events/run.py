@@ -5,15 +5,18 @@ from typing import Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from adapt_pruner.core.events.base import Count, Event
+from adapt_pruner.core.events import Count, Event
+from adapt_pruner.core.events.words import millions
 
-__all__ = ["Answered", "Item", "Masked", "MasksLearnt", "Mixed", "Planned", "Probe", "PromptAnswer", "Searched", "Within"]
+__all__ = [
+    "Answered", "Item", "Masked", "MasksLearnt", "Mixed", "PlanLine", "Planned", "Probe", "PromptAnswer", "Resumed", "Searched", "VocabularyCut", "Within",
+]  # fmt: skip
 
 
 class Item(TypedDict):
     """A phase of a run.
 
-    `phase` is one of `core.events.Progress`; `stage` is 0 before the first stage. `times` is how often the phase comes in that
+    `phase` is one of `PHASES`; `stage` is 0 before the first stage. `times` is how often the phase comes in that
     stage; it is an estimate if the phase is part of an iteration (`repeats`). `flops` are the operations of one time: 0 where
     they do not matter, None where nobody knows.
     """
@@ -25,6 +28,30 @@ class Item(TypedDict):
     repeats: bool
 
 
+class PlanLine(Event):
+    """A line of the plan that `shrink` has made."""
+
+    event: Literal["plan_line"] = "plan_line"
+    logged = False
+    text: str
+
+    def line(self, begun: str = "dense") -> str:
+        return self.text
+
+
+class VocabularyCut(Event):
+    """Tokens were removed from the vocabulary; `params` are the parameters left in the whole model."""
+
+    event: Literal["vocabulary"] = "vocabulary"
+    logged = False
+    tokens_before: Count
+    tokens: Count
+    params: Count
+
+    def line(self, begun: str = "dense") -> str:
+        return f"{self.tokens:,} of {self.tokens_before:,} tokens stay, which leaves {millions(self.params)} parameters"
+
+
 class Probe(Event):
     """The speed of this machine with the model is measured."""
 
@@ -33,6 +60,21 @@ class Probe(Event):
 
     def line(self, begun: str = "dense") -> str:
         return "measuring this machine (up to a minute)"
+
+
+class Resumed(Event):
+    """A run resumes from a checkpoint. `pruned` says whether the cuts of its stage are done; `cuts` counts them so far."""
+
+    event: Literal["resumed"] = "resumed"
+    path: str = ""
+    stage: Count
+    step: Count
+    pruned: bool
+    cuts: Count = 0
+
+    def line(self, begun: str = "dense") -> str:
+        cuts = f"after {self.cuts} of its cuts" if self.cuts else "before its cuts"
+        return f"continuing from {self.path} (stage {self.stage}, {f'step {self.step}' if self.pruned else cuts})"
 
 
 class Planned(Event):

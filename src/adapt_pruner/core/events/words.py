@@ -7,22 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 __all__ = [
-    "NARROW",
-    "Form",
-    "compact",
-    "counted",
-    "duration",
-    "measured_text",
-    "millions",
-    "progress",
-    "score",
-    "shots",
-    "shown",
-    "span",
-    "tick",
-    "ticks",
-    "typed",
-]
+    "NARROW", "Form", "compact", "counted", "duration", "measured_text", "millions", "progress", "score", "shots", "shown", "span", "tick", "ticks", "typed",
+]  # fmt: skip
 
 Form = Literal[
     "params", "bytes", "perplexity", "bits", "speed", "count", "share", "right", "loss", "lr", "GiB", "ratio", "times", "plain"

@@ -1,6 +1,6 @@
 """The nouns of a model, and what is done with them.
 
-axes.py         what can shrink and what stays; cut.py: shutting units and removing them; budget.py: counting parameters
+axes.py         what can shrink and what stays; kinds.py: the kinds of units; cut.py: shutting and removing units; budget.py: counting
 weight_mask.py  single weights that are zero; pattern.py: how many, and where
 layers.py       one decoder layer after the other; hooks.py: hooks that are always removed
 task.py         what a model learns; feed.py: which rows come next; loss.py: losses without the full logits

@@ -21,7 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_pattern"]
+from adapt_pruner.core.model.kinds import kind_of
+
+__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_layer", "in_pattern"]
 
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
 
@@ -145,7 +147,7 @@ class Axis:
     @property
     def kind(self) -> str:
         """The last part of the name: `neurons`, `kv_heads`, `attentions`, `residual`, `vocabulary`, `layers`."""
-        return self.name.rpartition(".")[2]
+        return kind_of(self.name)
 
     @property
     def least(self) -> int:
@@ -164,7 +166,7 @@ def _layer(name: str) -> int | None:
     return int(rest.partition(".")[0]) if head == "layers" and rest else None
 
 
-def _in_layer(name: str, numbers: Sequence[int] | None) -> str:
+def in_layer(name: str, numbers: Sequence[int] | None) -> str:
     """The name with `numbers[I]` for its layer I; unchanged if it names no layer or there are no numbers."""
     layer = _layer(name)
     return name if layer is None or numbers is None else f"layers.{numbers[layer]}.{name.rpartition('.')[2]}"
@@ -261,23 +263,23 @@ class Mask:
             ValueError: `later` has another size along an axis than this mask leaves, or `axes` belong to a model with more
                 layers.
         """
-        stayed = self._layers_left()
+        stayed = self.layers_left
         result = dict(self.kept)
         if "layers" in later:
             result["layers"] = self._followed("layers", later["layers"], ())
-        now = Mask(result)._layers_left()
+        now = Mask(result).layers_left
         enclosing = {}
         for axis in axes:
             if now is not None and (axis.layer or 0) >= len(now):
                 raise ValueError(f"the axes name {axis.name!r}, but the masks leave {len(now)} layers")
-            enclosing[_in_layer(axis.name, now)] = [_in_layer(name, now) for name in axis.enclosing]
+            enclosing[in_layer(axis.name, now)] = [in_layer(name, now) for name in axis.enclosing]
         for name, keep in later.kept.items():
             if name == "layers":
                 continue
             layer = _layer(name)
             if stayed is not None and layer is not None and layer >= len(stayed):
                 raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
-            dense = _in_layer(name, stayed)
+            dense = in_layer(name, stayed)
             if keep.any() and dense not in enclosing and layer is not None:
                 if layer in _without_block(later.kept) or (now is not None and _layer(dense) not in now):
                     continue
@@ -296,7 +298,8 @@ class Mask:
                 both[name] = keep & stays
         return Mask(both)
 
-    def _layers_left(self) -> list[int] | None:
+    @property
+    def layers_left(self) -> list[int] | None:
         """The numbers of the layers that stay; None where the mask does not say."""
         return self.kept["layers"].nonzero().flatten().tolist() if "layers" in self.kept else None
 

@@ -103,10 +103,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
             not fit its axis.
     """
     if isinstance(gates, Mask):
-        shut = _checked(axes, gates)
-        with attached(hook for name, axis in shut.items() for hook in _shut(model, axis, gates[name])):
-            yield
-        return
+        gates = {name: gates[name].float() for name in _checked(axes, gates)}
     by_name = {axis.name: axis for axis in axes}
     for name, gate in gates.items():
         if name not in by_name:
@@ -115,25 +112,25 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
             raise ValueError(
                 f"gates of {name!r} must be {by_name[name].entries} floats, not {gate.dtype} of shape {tuple(gate.shape)}"
             )
-    with attached(hook for name, gate in gates.items() for hook in _open(model, by_name[name], gate)):
+    with attached(hook for name, gate in gates.items() for hook in _gate(model, by_name[name], gate)):
         yield
 
 
-def _open(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[RemovableHandle]:
+def _gate(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[RemovableHandle]:
     """The hooks that multiply the entries of an axis by `gate`, [entries]; each is attached as it is yielded."""
     _check_gate(model, axis)
-    if axis.gate.kind == "logits":
+    if axis.gate.kind == "logits":  # on the model's output, so after a cap on logits, if there is one
         yield model.register_forward_hook(partial(_add_log, gate))
+    elif axis.modules:
+        yield model.get_submodule(axis.gate.module).register_forward_hook(partial(_multiply_output, gate[0]))
     elif axis.gate.is_whole:
-        whole: Any = model.get_submodule(axis.gate.module)
-        if axis.modules:
-            yield whole.register_forward_hook(partial(_multiply_output, gate[0]))
-            return
-        for index, layer in enumerate(whole):
-            yield layer.register_forward_hook(partial(_multiply_change, gate[index]), with_kwargs=True)
+        layers: Any = model.get_submodule(axis.gate.module)
+        for layer, opening in zip(layers, gate, strict=True):
+            if opening.requires_grad or opening != 1:  # x + (f(x) - x) would round
+                yield layer.register_forward_hook(partial(_multiply_change, opening), with_kwargs=True)
     else:
+        features = gate.repeat_interleave(axis.gate.width)
         for module in (axis.gate.module, *axis.gate.also):
-            features = gate.repeat_interleave(axis.gate.width)
             yield model.get_submodule(module).register_forward_pre_hook(partial(_multiply_input, features))
 
 
@@ -157,45 +154,6 @@ def _add_log(gate: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any
     return output
 
 
-def _shut(model: nn.Module, axis: Axis, keep: Tensor) -> Iterator[RemovableHandle]:
-    """The hooks that shut the entries of an axis that are not kept; each is attached as it is yielded."""
-    _check_gate(model, axis)
-    if axis.gate.kind == "logits":
-        yield model.register_forward_hook(_Unsaid(keep))  # on the model's output, so after a cap on logits, if there is one
-    elif axis.gate.is_whole:
-        whole: Any = model.get_submodule(axis.gate.module)
-        if axis.modules:
-            yield whole.register_forward_hook(_silence)
-            return
-        for index in (~keep).nonzero().flatten().tolist():
-            yield whole[index].register_forward_hook(_skip, with_kwargs=True)
-    else:
-        shut = _Shut(keep.repeat_interleave(axis.gate.width))
-        for module in (axis.gate.module, *axis.gate.also):
-            yield model.get_submodule(module).register_forward_pre_hook(shut)
-
-
-class _Shut:
-    """A forward pre-hook that zeroes the features whose `keep` is False."""
-
-    def __init__(self, keep: Tensor) -> None:
-        self.keep = keep
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0] * self.keep.to(args[0].device), *args[1:])
-
-
-class _Unsaid:
-    """A forward hook on the model that sets the logits whose `keep` is False to -inf."""
-
-    def __init__(self, keep: Tensor) -> None:
-        self.keep = keep
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        output.logits = output.logits.masked_fill(~self.keep.to(output.logits.device), -torch.inf)
-        return output
-
-
 def first(output: Any) -> Tensor:
     """The tensor for the residual stream among all that a layer or block returns."""
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
@@ -205,15 +163,6 @@ def first(output: Any) -> Tensor:
 def with_first(output: Any, tensor: Tensor) -> Any:
     """The output of a layer or block, with another tensor for the stream."""
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
-def _skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    entered = args[0] if args else kwargs["hidden_states"]
-    return with_first(output, entered)
-
-
-def _silence(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    return with_first(output, torch.zeros_like(first(output)))
 
 
 class _Nothing(nn.Module):
@@ -287,7 +236,7 @@ def cut(
                 owners.setdefault(id(parameter), []).append((module, leaf))
 
     for old, index in _kept(model, axes, mask):
-        new = _shortened(old, index)
+        new = nn.Parameter(_at(old.data, index), requires_grad=old.requires_grad)
         for module, leaf in owners[id(old)]:
             setattr(module, leaf, new)
             if isinstance(module, nn.Linear):
@@ -319,7 +268,7 @@ def cut(
         if axis.modules:
             _drop_block(model, axis)
     if "layers" in shrinking:
-        _drop_layers(model, shrinking["layers"], mask["layers"].nonzero().flatten().tolist())
+        _drop_layers(model, shrinking["layers"], mask.layers_left or [])
     write_sizes(model.config, axes, mask)
 
 
@@ -386,10 +335,6 @@ def _at(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     for dim, stays in index.items():
         tensor = tensor.index_select(dim, stays.to(tensor.device))
     return tensor.contiguous()
-
-
-def _shortened(parameter: nn.Parameter, index: Mapping[int, Tensor]) -> nn.Parameter:
-    return nn.Parameter(_at(parameter.data, index), requires_grad=parameter.requires_grad)
 
 
 def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
@@ -462,7 +407,7 @@ def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
 
 def _drop_block(model: nn.Module, axis: Axis) -> None:
     """Replace, in place, the attention or MLP of a layer by a module that adds nothing, and each of its norms by the identity."""
-    _, block, *_ = axis.modules
+    block = next(name for name in axis.modules if any(model.get_submodule(name).children()))  # a norm has no modules inside
     for name in axis.modules:
         stand_in = _Nothing(getattr(model.get_submodule(name), "layer_idx", None)) if name == block else nn.Identity()
         owner, _, leaf = name.rpartition(".")
@@ -492,9 +437,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
     config.per_layer_config = None
-    stayed = list(range(depth.size if depth else 0))
-    if depth is not None and "layers" in mask:
-        stayed = mask["layers"].nonzero().flatten().tolist()
+    stayed = (mask.layers_left if depth else None) or list(range(depth.size if depth else 0))
     if depth is not None:
         for field, _ in depth.fields:
             setattr(config, field, len(stayed))

@@ -1,7 +1,7 @@
 """Losses computed from logits a few tokens at a time, so that the full logits are never held."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +11,11 @@ __all__ = [
     "CACHED_ROWS",
     "MAX_LOGITS",
     "LogitLoss",
-    "capped",
+    "LogitMap",
     "log_softmax_",
-    "logit_cap",
+    "logit_map",
     "nll_of_logits",
+    "of_head",
     "through_head",
 ]
 
@@ -134,20 +135,43 @@ def log_softmax_(logits: Tensor) -> Tensor:
     return logits.copy_(torch.log_softmax(logits, -1))
 
 
-def logit_cap(model: Any) -> float | None:
-    """The c of a model whose logits are c · tanh(z / c), where z is the head's output; None if the logits are z itself."""
-    return getattr(model.config, "final_logit_softcapping", None)
+class LogitMap(NamedTuple):
+    """How a model's logits follow from the z that its head gives: c · tanh(a z / c), or a z where there is no c.
+
+    Attributes:
+        scale: a.
+        cap: c.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """The logits, in place of z."""
+        if self.scale != 1:
+            z.mul_(self.scale)
+        return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
 
-def capped(loss: LogitLoss, cap: float | None) -> LogitLoss:
-    """Turn a loss of the model's logits into a loss of the head's output, for capped logits; see `logit_cap`."""
-    if cap is None:
+def logit_map(model: Any) -> LogitMap:
+    """How the logits of a model follow from its head: Granite divides and Cohere multiplies them, Gemma caps them."""
+    config = model.config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return LogitMap(float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def of_head(loss: LogitLoss, logits_of: LogitMap) -> LogitLoss:
+    """Turn a loss of the model's logits into a loss of the head's output; see `LogitMap`."""
+    scale, cap = logits_of
+    if scale == 1 and cap is None:
         return loss
 
     def of_what_the_head_gives(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
-        logits.div_(cap).tanh_()
-        slope = 1 - logits.square() if gradient else None
-        total = loss(logits.mul_(cap), rows, gradient)
+        logits_of.apply_(logits)
+        slope = 1 - (logits / cap).square() if gradient and cap is not None else None
+        total = loss(logits, rows, gradient)
+        if gradient and scale != 1:
+            logits.mul_(scale)
         if slope is not None:
             logits.mul_(slope)
         return total

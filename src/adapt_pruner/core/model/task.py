@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.loss import LogitLoss, capped, logit_cap, nll_of_logits, through_head
+from adapt_pruner.core.model.loss import LogitLoss, logit_map, nll_of_logits, of_head, through_head
 
 __all__ = ["CAUSAL_LM", "CausalLM", "Task"]
 
@@ -97,7 +97,7 @@ class CausalLM:
 
     def of_logits(self, model: Any, hidden: Tensor, loss: LogitLoss, *, chunk: int | None = None) -> Tensor:
         """The sum of `loss` over the logits of `hidden`, [n, width]; these never exist together, see `through_head`."""
-        return through_head(hidden, self.head(model), capped(loss, logit_cap(model)), chunk=chunk)
+        return through_head(hidden, self.head(model), of_head(loss, logit_map(model)), chunk=chunk)
 
     def loss(self, model: Any, batch: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
         """The sum over the predicted tokens of -log p, in nats; see `Task.loss`."""

@@ -34,6 +34,7 @@ __all__ = [
     "PROGRESS",
     "UNMERGED_FILE",
     "WEIGHT_MASK_FILE",
+    "cache_folder",
     "check_disk_space",
     "check_place",
     "check_regular",
@@ -218,6 +219,11 @@ def expanded(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{str(name)!r} names the home folder of an unknown user; write the path in full") from error
+
+
+def cache_folder() -> Path:
+    """The folder for things that can be made again: $ADAPT_PRUNER_CACHE, or ~/.cache/adapt-pruner."""
+    return expanded(os.environ.get("ADAPT_PRUNER_CACHE") or "~/.cache/adapt-pruner")
 
 
 def read_plain(path: Path, *, most: int = 2**30) -> bytes:

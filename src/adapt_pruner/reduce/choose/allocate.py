@@ -14,19 +14,20 @@ shortened, so that the model ends less than one unit below the budget.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["GOLDEN", "HEADS", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
+__all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
 
 _MAX_SPARSITY = 0.99
-HEADS = ("kv_heads", "query_heads")
+_NEAREST = 1e-3  # a smaller share of the farthest distance counts as this much on a log scale, where 0 would be infinite
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly spread in [0, 1)
 
 
@@ -56,11 +57,17 @@ class Debt:
         )
 
 
-def layer_importance(distances: torch.Tensor) -> list[float]:
+def layer_importance(distances: torch.Tensor, *, scale: Literal["distance", "log"] = "distance") -> list[float]:
     """Block distances, shifted to mean 0 and scaled to a largest absolute value of 1; all zero if they do not differ.
 
-    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike.
+    With `scale` "log", log(max(d, max_j d_j / 1000)) takes the place of a distance d. So layers count by how many times as far
+    they move their input, and one layer that moves it 20 times as far as the others does not hide how these differ.
+
+    Source: Adapt-Pruner, arXiv:2502.03460. Differs: the authors' code divides by zero when all layers are alike; `log` is ours.
     """
+    if scale == "log":
+        farthest = float(distances.max())
+        distances = distances.double().clamp(min=farthest * _NEAREST).log() if farthest > 0 else torch.zeros_like(distances)
     centred = distances.double() - distances.double().mean()
     greatest = float(centred.abs().max())
     # Differences below the rounding error of a float32 mean count as none.
@@ -71,7 +78,15 @@ def layer_importance(distances: torch.Tensor) -> list[float]:
 
 @part("chooser", needs={"distance", "layers"})
 def adaptive(
-    scores: Scores, axes: Sequence[Axis], budget: Budget, *, debt: Debt, step: float, amplitude: float, heads_after: float = 0.0
+    scores: Scores,
+    axes: Sequence[Axis],
+    budget: Budget,
+    *,
+    debt: Debt,
+    step: float,
+    amplitude: float,
+    heads_after: float = 0.0,
+    scale: Literal["distance", "log"] = "distance",
 ) -> tuple[dict[str, int], Debt]:
     """Layers that change their input less give up more: s += step - amplitude · I, with I the layer's importance.
 
@@ -87,22 +102,25 @@ def adaptive(
         amplitude: how much importance shifts that share (0.02 in the authors' scripts; 0 makes it uniform).
         heads_after: share of a layer's neurons that is removed before its first head, in [0, 1). At sparsity s its heads keep
             start - floor(start · max(0, (s - heads_after) / (1 - heads_after))). 0 is the paper's rule: both lose the same share.
+        scale: of scores["layers"]: the `distance` as it is, which is the paper's rule, or its `log`; see `layer_importance`.
 
     Returns:
         Units each axis keeps, and the debt after it.
 
     Raises:
         ValueError: an axis lies in no layer.
-        UsageError: `heads_after` is not in [0, 1).
+        UsageError: `heads_after` is not in [0, 1), or `scale` is `log` and a distance is below 0.
 
     Source: Adapt-Pruner, arXiv:2502.03460, `adaptive_update_prune_distribution`. Differs: the model ends within one unit
-    of the budget instead of one iteration past it; a negative increment never restores units; `heads_after` is ours.
+    of the budget instead of one iteration past it; a negative increment never restores units; `heads_after` and `log` are ours.
     """
-    if not 0 <= heads_after < 1:
+    _check_heads_after(heads_after, "adaptive")
+    if scale == "log" and (lowest := float(scores["layers"].min())) < 0:
         raise UsageError(
-            f"option heads_after={heads_after} of allocate.adaptive is not a share; write 0 or more, and less than 1"
+            f"option scale=log of allocate.adaptive needs distances of 0 or more, and the lowest is {lowest:.2g}; set "
+            "distance=blocks.block_influence, which is blocks.cosine + 1"
         )
-    importance = layer_importance(scores["layers"])
+    importance = layer_importance(scores["layers"], scale=scale)
     increments = {axis.name: step - amplitude * importance[_layer(axis)] for axis in axes}
     return advance(axes, budget, debt, increments, heads_after=heads_after)
 
@@ -117,6 +135,7 @@ def uniform(
     step: float,
     first: Annotated[int, "0 or more"] = 0,
     last: Annotated[int, "0 or more"] = 0,
+    heads_after: float = 0.0,
 ) -> tuple[dict[str, int], Debt]:
     """Every axis gives up the same share: s += step; the control that adaptive has to beat.
 
@@ -130,16 +149,26 @@ def uniform(
         step: share of an axis's start size removed per iteration; 1 prunes in one shot.
         first: number of layers left whole at the input (4 of 32 in LLM-Pruner's scripts).
         last: number of layers left whole at the output (2 of 32).
+        heads_after: share of the neurons that is removed before the first head, as in `adaptive`.
 
     Returns:
         Units each axis keeps, and the debt after it.
 
+    Raises:
+        UsageError: `heads_after` is not in [0, 1).
+
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
+    _check_heads_after(heads_after, "uniform")
     end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
     paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
-    paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying})
+    paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying}, heads_after=heads_after)
     return {axis.name: axis.size for axis in axes} | paid, debt
+
+
+def _check_heads_after(share: float, chooser: str) -> None:
+    if not 0 <= share < 1:
+        raise UsageError(f"option heads_after={share} of allocate.{chooser} is not a share; write 0 or more, and less than 1")
 
 
 def _layer(axis: Axis) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 
 from adapt_pruner.core.model.axes import Axis, Scores, in_pattern
 from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.kinds import kind_of
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.reduce.choose.allocate import Debt, uniform
 
@@ -50,7 +51,7 @@ def drop_layers(
     """
     line = _lowest_first(scores, axes)
     kinds = {axis.kind for axis, _ in line.values()}
-    at_once = max(1, round(step * sum(size for name, size in debt.start.items() if name.rpartition(".")[2] in kinds)))
+    at_once = max(1, round(step * sum(size for name, size in debt.start.items() if kind_of(name) in kinds)))
 
     def removed(gone: AbstractSet[str]) -> int:
         return sum(cost for unit, (_, cost) in line.items() if unit in gone and _owner(unit) not in gone)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from adapt_pruner.core.model.axes import Axis, Scores
 from adapt_pruner.core.model.budget import Budget
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.choose.allocate import GOLDEN, HEADS, Debt
+from adapt_pruner.reduce.choose.allocate import GOLDEN, Debt
 
 __all__ = ["per_parameter", "per_structure", "standardised"]
 

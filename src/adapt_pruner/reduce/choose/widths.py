@@ -8,8 +8,8 @@ wanted loses it later, since the chooser is asked again with the actual sizes.
 from collections.abc import Mapping, Sequence
 
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.choose.allocate import HEADS
 
 __all__ = ["check_multiple", "fitting", "levelled"]
 
@@ -82,7 +82,7 @@ def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
         sizes: axis name -> units to keep, of those that may shrink.
         axes: all axes of the model.
     """
-    if any(axis.kind in ("layers", "attentions", "mlps") and sizes.get(axis.name, axis.size) < axis.size for axis in axes):
+    if any(axis.gate.is_whole and sizes.get(axis.name, axis.size) < axis.size for axis in axes):
         return dict(sizes)
     heads = {kind: {sizes.get(axis.name, axis.size) for axis in axes if axis.kind == kind} for kind in HEADS}
     neurons = {axis.name: sizes.get(axis.name, axis.size) for axis in axes if axis.kind == "neurons"}

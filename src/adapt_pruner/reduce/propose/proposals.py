@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adapt_pruner.core.model.axes import Axis
+from adapt_pruner.core.model.kinds import kind_of
 from adapt_pruner.core.system.parts import part
 
 __all__ = ["Candidate", "Sizes", "Space", "evolution", "mutation", "random"]
@@ -63,7 +64,7 @@ class Space:
 
     def levels(self, name: str) -> list[int]:
         """The sizes that an axis may have. The list is equally long for all axes: the smallest and largest size may repeat."""
-        unit = self.level[name.rpartition(".")[2]]
+        unit = self.level[kind_of(name)]
         steps = [self.base[name] + k * unit for k in range(-_REACH, _REACH + 1)]
         allowed = [size for size in steps if self.least[name] <= size <= self.most[name]]
         return [min(max(size, allowed[0]), allowed[-1]) for size in steps]

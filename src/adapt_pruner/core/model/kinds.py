@@ -1,0 +1,22 @@
+"""The kinds of axes: what people call their units, and which kinds go with a whole unit. Needs no torch."""
+
+from typing import Literal
+
+__all__ = ["BLOCKS", "HEADS", "LABELS", "OF_THE_MODEL", "USUAL", "WHOLE", "Prunable", "kind_of"]
+
+Prunable = Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"]  # in `axes` of a recipe
+USUAL: tuple[Prunable, ...] = ("neurons", "kv_heads")  # what a recipe removes if it does not say
+HEADS = ("kv_heads", "query_heads")
+BLOCKS = {"attentions": HEADS, "mlps": ("neurons",)}  # whose one unit is a block of a layer -> the kinds that go with it
+WHOLE = ("layers", *BLOCKS)  # a distance scores them, and a `depth.…` chooser says how many go
+OF_THE_MODEL = ("layers", "residual", "vocabulary")  # a model has each once; a cut of them leaves all layers alike
+
+LABELS = {
+    "neurons": "MLP neurons", "kv_heads": "KV heads", "query_heads": "query heads of each KV head", "layers": "layers",
+    "experts": "experts", "residual": "channels of the stream", "width": "channels of the stream", "vocabulary": "tokens",
+}  # fmt: skip
+
+
+def kind_of(name: str) -> str:
+    """The kind of an axis, from its name `layers`, `layers.I.KIND` or KIND."""
+    return name.rpartition(".")[2]

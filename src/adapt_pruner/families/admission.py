@@ -1,0 +1,240 @@
+"""Which axes a model type that no family file names may shrink along: those on which the law holds for a tiny model of its class.
+
+A tiny random model is built from the real config: every size is shrunk, every kind of layer, sharing and window stays. Then each
+kind of axis of `convention.axes` is tried by itself, with several masks in float64, and after that all that passed together:
+
+    admitted    max |logits(gated) - logits(cut)| <= 1e-9, the gate changes the logits, and only what the axis names is freed
+
+A kind that fails is left whole, with the reason. Parameters and persistent buffers are random, because a zero bias or a weight of one
+hides a mistake. While the tiny model runs, casts to float32 give float64, so that the norms of stock code do not round.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
+
+from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import cut, gated, num_left
+from adapt_pruner.core.model.task import CAUSAL_LM
+from adapt_pruner.core.system.files import cache_folder, write_whole
+from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.families import convention
+
+__all__ = ["Verdict", "shrunk", "tiny_model", "verdict_of"]
+
+GAP = 1e-9
+SEEDS = (1, 2)
+MOST_PARAMETERS = 4_000_000
+TOKENS = 24  # of each text, so that windows, which shrink to 8, matter
+_SIZES = {
+    "vocab_size": 97, "hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 128,
+    "original_max_position_embeddings": 64, "sliding_window": 8, "attention_chunk_size": 8, "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24, "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "n_group": 2, "topk_group": 1, "moe_num_experts": 8, "moe_k": 2, "moe_topk": 2, "num_experts_per_token": 2,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "first_k_dense_replace": 1, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
+    "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_expand": 2, "conv_L_cache": 3, "max_window_layers": 2,
+    "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
+}  # fmt: skip
+"""Fields of configs -> what they are in the tiny model; each only if the config has it and it is not 0."""
+_VERDICTS: dict[str, "Verdict"] = {}  # of this process, by fingerprint
+_LEAST_LAYERS, _MOST_LAYERS = 3, 8
+_KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may shrink in models of a type, and what may not.
+
+    Attributes:
+        admitted: the kinds of axes on which the law holds.
+        refused: kind -> why not; kinds that such a model does not have are in neither.
+    """
+
+    admitted: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+class _Wide(TorchFunctionMode):
+    """Within this mode, what would be cast to float32 is cast to float64."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is Tensor.float:
+            return args[0].double()
+        if function in (Tensor.to, Tensor.type) or "dtype" in kwargs:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return function(*args, **kwargs)
+
+
+def shrunk(config: Any) -> Any:
+    """The config of a tiny model of the same class. It is the same for every size of a model, and after a cut.
+
+    Args:
+        config: of a causal LM of transformers, or of a model of several parts, of which this takes the text part; left as it is.
+    """
+    config = config.get_text_config(decoder=True)
+    raw = json.loads(config.to_json_string(use_diff=False))
+    raw = {
+        key: value for key, value in raw.items() if key not in ("per_layer_config", "quantization_config", "torch_dtype", "dtype")
+    }
+    depth = _depth(raw)
+    tiny = {**raw, **{key: value for key, value in _SIZES.items() if raw.get(key)}, "num_hidden_layers": depth}
+    for key, value in raw.items():
+        if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and "layer" in key:
+            tiny[key] = value[:depth]
+        if key.endswith("_token_id") and value is not None:
+            tiny[key] = {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
+    return type(config).from_dict(tiny)
+
+
+def _depth(raw: dict[str, Any]) -> int:
+    """The fewest layers, at least three, that have every kind of layer of a config."""
+    total = raw.get("num_hidden_layers") or _LEAST_LAYERS
+    lists = [value for key, value in raw.items() if isinstance(value, list) and len(value) == total and "layer" in key]
+    kinds = list(zip(*lists, strict=True)) if lists else [()] * total
+    least = next(depth for depth in range(1, total + 1) if {str(kind) for kind in kinds[:depth]} == {str(kind) for kind in kinds})
+    least += 2 if raw.get("num_kv_shared_layers") else 0
+    return min(total, max(_LEAST_LAYERS, least), _MOST_LAYERS)
+
+
+def tiny_model(tiny: Any, seed: int = 0) -> Any:
+    """A model of a config that `shrunk` made, in float64, with random parameters and persistent buffers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with torch.device("meta"):
+            count = count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(tiny)))
+        if count > MOST_PARAMETERS:
+            raise ValueError(f"its tiny model would have {count:,} parameters; at most {MOST_PARAMETERS:,} are tried")
+        tiny._experts_implementation = "eager"
+        model = AutoModelForCausalLM.from_config(tiny).double().eval()
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if tensor.is_floating_point():
+                    near = 1.0 if tensor.dim() == 1 and "norm" in name and tensor.mean() > 0.5 else 0.0
+                    tensor.copy_(
+                        near + torch.randn_like(tensor) * (0.3 if tensor.dim() < 2 else 1.5 / math.sqrt(tensor.shape[-1]))
+                    )
+    return model
+
+
+def verdict_of(config: Any) -> Verdict:
+    """Which kinds of axes may shrink in models of a config's type. Takes about a second; the cache folder keeps what was found."""
+    try:
+        tiny = shrunk(config)
+    except Exception as error:  # the config class of any type may refuse in any way
+        return Verdict(refused={"all": _first_line(error)})
+    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convention, sys.modules[__name__]))
+    about = json.dumps([version("transformers"), version("torch"), tiny.to_dict()], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(code + about.encode()).hexdigest()[:32]
+    if fingerprint not in _VERDICTS:
+        _VERDICTS[fingerprint] = _kept(fingerprint, tiny)
+    return _VERDICTS[fingerprint]
+
+
+def _kept(fingerprint: str, tiny: Any) -> Verdict:
+    """The verdict with this fingerprint: from the cache folder, or tried now and kept there where that can be written."""
+    path = cache_folder() / "families" / f"{fingerprint}.json"
+    try:
+        kept = read_json(path)
+        return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        verdict = _tried(tiny)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"type": tiny.model_type, "admitted": verdict.admitted, "refused": verdict.refused}))
+    return verdict
+
+
+def _tried(tiny: Any) -> Verdict:
+    try:
+        model = tiny_model(tiny)
+        ids = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad(), _Wide():
+            dense = model(ids).logits
+            loss = CAUSAL_LM.loss(model, ids)
+        targets = ids[:, 1:].flatten()
+        if not abs(loss - cross_entropy(dense[:, :-1].flatten(0, 1), targets, reduction="sum")) <= GAP * targets.numel():
+            return Verdict(
+                refused={"all": "its logits are not those of its head, scaled or capped by a known field of its config"}
+            )
+        axes = convention.axes(model)
+    except Exception as error:  # stock code of any type may fail in any way on a tiny model
+        return Verdict(refused={"all": _first_line(error)})
+    kinds = [kind for kind in _KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
+    refused = {kind: "its modules are of another kind" for kind in _KINDS if all(axis.kind != kind for axis in axes)}
+    refused |= {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
+    admitted = [kind for kind in kinds if kind not in refused]
+    if why := _why_not(model, axes, admitted, ids, dense):
+        return Verdict(refused={**refused, "all": f"together: {why}"})
+    return Verdict(tuple(admitted), refused)
+
+
+def _why_not(model: Any, axes: Sequence[Axis], kinds: Iterable[str], ids: Tensor, dense: Tensor) -> str:
+    """Why axes of these kinds may not shrink; empty if they may."""
+    for seed in SEEDS:
+        mask = _random_mask(axes, set(kinds), seed, ids)
+        if not mask.kept:
+            continue
+        smaller, entering = copy.deepcopy(model), ids
+        tokens = mask.of(next(axis for axis in axes if axis.kind == "vocabulary"))
+        if not tokens.all():
+            entering = tokens.cumsum(0)[ids] - 1
+        try:
+            with torch.no_grad(), _Wide():
+                with gated(model, axes, mask):
+                    shut = model(ids).logits
+                left = num_left(model, axes, mask)
+                cut(smaller, axes, mask)
+                gap = float((smaller(entering).logits - shut[..., tokens]).abs().max())
+        except Exception as error:  # as above
+            return _first_line(error)
+        if not gap <= GAP:
+            return f"logits differ by {gap:.1e}"
+        if torch.equal(shut, dense):
+            return "shutting its units changes no logits"
+        if count_parameters(smaller) != left:
+            return f"{count_parameters(smaller):,} parameters are left instead of {left:,}"
+    return ""
+
+
+def _random_mask(axes: Sequence[Axis], kinds: set[str], seed: int, ids: Tensor) -> Mask:
+    """A mask that shuts about half of the units of each axis of these kinds, never all of one that has to stay, no token of `ids`."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for axis in axes:
+        if axis.kind not in kinds or axis.size <= axis.least:
+            continue
+        if axis.may_be_empty:
+            kept[axis.name] = torch.rand(1, generator=generator) < 0.5
+            continue
+        number = max(1, axis.size // 2)
+        order = torch.rand(axis.groups, axis.size, generator=generator).argsort(dim=1)
+        kept[axis.name] = (order < number).flatten()
+        if axis.kind == "vocabulary":
+            kept[axis.name][[*ids.flatten().tolist(), 0, 1, 2]] = True
+    return Mask(kept)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]
