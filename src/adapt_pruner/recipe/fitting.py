@@ -151,12 +151,12 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     solved = "solver" in reads and recipe.solver is not None and "text" in parts.needs("solver", recipe.solver)
     if not (repairs or solved or needs & {"text"} or "calibration" in reads or (chosen and "training" not in needs and by_text)):
         add(
-            [f"calibration.{key}" for key in ("source", "samples", "length", "ids")],
+            [f"calibration.{key}" for key in ("source", "samples", "length", "redraw", "ids")],
             f"method {recipe.method!r} reads no calibration text",
         )
     if recipe.calibration.ids is not None:
         written = repairs and recipe.calibration.self_generated
-        drawn = ("source", "samples") if written else ("source", "samples", "length")
+        drawn = ("source", "samples", "redraw") if written else ("source", "samples", "length", "redraw")
         add([f"calibration.{key}" for key in drawn], "calibration.ids fixes every token", "leave calibration.ids out")
 
     training = recipe.training

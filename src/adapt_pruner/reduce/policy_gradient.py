@@ -64,7 +64,7 @@ class PolicyGradient(Units):
     ) -> None:
         """
         Args:
-            updates: number of updates of s.
+            updates: number of updates of s; the authors take 15,000.
             masks: K, masks drawn for each update.
             sequences: calibration sequences of an update, at most those of a draw; the next update reads the next ones.
             lr: step size at the start; it falls to 0 along a cosine.
