@@ -23,7 +23,7 @@ SHORTER = {
     "ast": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},
     "sheared": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "max_rise": 20}},
     "efficientllm": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},
-    "evopress": {"reduce": "search(population=2, offspring=8, rounds=2, fitness=kl, finalists=2)"},
+    "evopress": {"reduce": "search(proposals=mutation, starts=8, population=1, offspring=8, rounds=2, fitness=kl, redraw=true)"},
 }
 """Of rows that search for long."""
 

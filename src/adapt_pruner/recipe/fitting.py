@@ -100,7 +100,7 @@ def _check_chosen(recipe: "Recipe") -> None:
     """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
     chooser, needs = recipe.chooser.partition("(")[0], parts.needs("chooser", recipe.chooser)
     drops = "whole" in needs
-    if recipe.distance is None and "distance" in needs:
+    if recipe.distance is None and "distance" in needs & parts.reads("reduce", recipe.reduce):
         raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
     whole = [kind for kind in recipe.axes if kind in WHOLE]
     if drops and not whole:
@@ -133,7 +133,7 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     part = f"reduce {recipe.reduce.partition('(')[0]!r}"
     add(sorted((CHOICE | {"solver"}) - reads), f"{part} does not read it")
     if not chosen:
-        add(("distance", "amplitude"), f"{part} does not read it")
+        add(("amplitude",), f"{part} does not read it")
     chooser = f"chooser {recipe.chooser.partition('(')[0]!r} does not read it"
     add([key for key in ("step", "amplitude") if not parts.takes("chooser", recipe.chooser, key)], chooser)
     if "distance" not in parts.needs("chooser", recipe.chooser):
@@ -151,12 +151,12 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     solved = "solver" in reads and recipe.solver is not None and "text" in parts.needs("solver", recipe.solver)
     if not (repairs or solved or needs & {"text"} or "calibration" in reads or (chosen and "training" not in needs and by_text)):
         add(
-            [f"calibration.{key}" for key in ("source", "samples", "length", "ids")],
+            [f"calibration.{key}" for key in ("source", "samples", "length", "redraw", "ids")],
             f"method {recipe.method!r} reads no calibration text",
         )
     if recipe.calibration.ids is not None:
         written = repairs and recipe.calibration.self_generated
-        drawn = ("source", "samples") if written else ("source", "samples", "length")
+        drawn = ("source", "samples", "redraw") if written else ("source", "samples", "length", "redraw")
         add([f"calibration.{key}" for key in drawn], "calibration.ids fixes every token", "leave calibration.ids out")
 
     training = recipe.training

@@ -47,7 +47,7 @@ _EPS = 1e-7
 @part(
     "reduce",
     needs={"chosen", "text", "all its time"},
-    reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
+    reads={"axes", "metric", "distance", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
 )
 class PolicyGradient(Units):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
@@ -64,7 +64,7 @@ class PolicyGradient(Units):
     ) -> None:
         """
         Args:
-            updates: number of updates of s.
+            updates: number of updates of s; the authors take 15,000.
             masks: K, masks drawn for each update.
             sequences: calibration sequences of an update, at most those of a draw; the next update reads the next ones.
             lr: step size at the start; it falls to 0 along a cosine.
