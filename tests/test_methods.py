@@ -16,6 +16,8 @@ from adapt_pruner.report.with_card import prune
 from conftest import VOCAB, byte_tokenizer, suited, tiny_model
 
 SHORTER = {
+    "grasprune": {"reduce": "greedy_gates(updates=4, scale_updates=4)"},
+    "ddp": {"reduce": "free_gates(updates=8)"},
     "bypass": {"reduce": "policy_gradient(updates=20)"},
     "self-pruner": {"reduce": "search(rounds=2)"},
     "ast": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},

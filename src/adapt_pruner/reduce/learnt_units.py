@@ -41,7 +41,7 @@ from adapt_pruner.score.calibrate import as_found
 from adapt_pruner.train.objectives import kl_of_logits
 from adapt_pruner.work import Change, Passes, TextUse, Work
 
-__all__ = ["KINDS", "LearntUnits", "ascend", "held", "put_back"]
+__all__ = ["KINDS", "LearntUnits", "add_gradients", "held", "put_back", "step"]
 
 KINDS = ("neurons", "kv_heads")
 
@@ -137,8 +137,9 @@ class LearntUnits(Units):
         total = work.num_params + repair_parameters(work)
         target = work.stages[work.state.stage - 1].params
         choose = within_widths(work, partial(standardised, step=1.0, by="feature", **self._how(axes, keep)))
-        sizes, _ = choose(self._values, axes, Budget(keep=target, total=total), debt=Debt.none(axes))
-        return Mask.of_sizes(axes, self._values, sizes)
+        values = {name: numbers.detach() for name, numbers in self._values.items()}
+        sizes, _ = choose(values, axes, Budget(keep=target, total=total), debt=Debt.none(axes))
+        return Mask.of_sizes(axes, values, sizes)
 
     def _learn(self, work: Work, axes: Sequence[Axis], keep: float) -> Generator[Searched, None, list[Tensor]]:
         """Make the updates that are left, in place; returns the first sequences of the last draw."""
@@ -171,7 +172,7 @@ class LearntUnits(Units):
         self._stage = 0
 
 
-def ascend(work: Work, gates: Mapping[str, Tensor], batches: Sequence[Tensor], *, divergence: float = 0.0) -> float:
+def add_gradients(work: Work, gates: Mapping[str, Tensor], batches: Sequence[Tensor], *, divergence: float = 0.0) -> float:
     """Add to the leaves of `gates` the gradient of the mean loss of the gated model; the model and its weights are left as found.
 
     The loss is the task's, in nats per prediction, and `divergence` times KL(ungated model ‖ gated model) beside it.
@@ -194,6 +195,13 @@ def ascend(work: Work, gates: Mapping[str, Tensor], batches: Sequence[Tensor], *
             total += loss.detach().double().cpu()
     world.sum_in_place(total)
     return float(total) / predicted
+
+
+def step(parameters: Mapping[str, Tensor], optimizer: Adam) -> None:
+    """Take a step by the gradients, of all processes together, and forget them; one that no batch reached stays as it is."""
+    world.sum_in_place(*(parameter.grad for parameter in parameters.values() if parameter.grad is not None))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _beside_divergence(work: Work, gates: Mapping[str, Tensor], ids: Tensor, divergence: float) -> Tensor:
