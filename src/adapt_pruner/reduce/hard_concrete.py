@@ -21,7 +21,7 @@ from adapt_pruner.core.model.kinds import BLOCKS, kind_of
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
-from adapt_pruner.reduce.repair.factors import scale_block
+from adapt_pruner.reduce.repair.factors import scale_block, scale_units
 from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
 __all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
@@ -356,8 +356,7 @@ def fold(model: nn.Module, axes: Sequence[Axis], z: Mapping[str, Tensor]) -> Non
         values = z[axis.kind][row]
         values = torch.where(values > 0, values, torch.ones_like(values))
         if axis.gate.is_linear:
-            weight = axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight"))
-            weight.mul_(values.repeat_interleave(axis.gate.width).to(weight))
+            scale_units(model, axis, values)
         elif axis.name == "layers":
             for block in axes:
                 if block.kind in BLOCKS and block.layer is not None:
