@@ -24,9 +24,9 @@ import torch
 from transformers import GenerationConfig
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
@@ -201,7 +201,7 @@ def save(
         tokenizer.save_pretrained(folder)
         write_compatible_names(folder)
         for name in _built_by(config)[1]:
-            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+            shutil.copyfile(Path(str(modeling_pruned.__file__)).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if weight_mask is not None:
