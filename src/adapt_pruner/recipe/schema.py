@@ -70,9 +70,9 @@ def check_precision(name: Any) -> str:
     Raises:
         UsageError: the name is not known.
     """
-    known = get_args(Precision)
-    if name not in known:
-        raise UsageError(f"dtype {name!r} is not known; {nearest(str(name), known)}")
+    formats = get_args(Precision)
+    if name not in formats:
+        raise UsageError(f"dtype {name!r} is not known; {nearest(str(name), formats)}")
     return str(name)
 
 
@@ -540,9 +540,9 @@ def read(
         raise UsageError(sentence(error, Recipe)) from error
 
 
-def differing(one: Recipe, other: Recipe) -> list[str]:
+def differing(first: Recipe, second: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ; keys that do not change what a run computes are left out."""
-    left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    left, right = (recipe.model_dump(mode="json") for recipe in (first, second))
     keys = []
     for key, value in left.items():
         if key in _OF_THE_MACHINE or value == right[key]:

@@ -235,11 +235,11 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (len(points) - 2) / spread)
 
 
-def _steps(told: Sequence[Event]) -> list[Trained]:
+def _steps(events_in_order: Sequence[Event]) -> list[Trained]:
     """The steps with a loss."""
     return [
         Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, isinstance(before, Step), step.loss_is)
-        for before, step in zip([None, *told], told, strict=False)
+        for before, step in zip([None, *events_in_order], events_in_order, strict=False)
         if isinstance(step, Step) and step.loss is not None and step.tokens
     ]
 
@@ -247,9 +247,9 @@ def _steps(told: Sequence[Event]) -> list[Trained]:
 _Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
 
 
-def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
+def _by_stage(staged: Sequence[_Staged]) -> list[_Staged]:
     """The last event of each stage, in their order."""
-    last = {event.stage: event for event in told}
+    last = {event.stage: event for event in staged}
     return [last[stage] for stage in sorted(last)]
 
 
@@ -322,10 +322,10 @@ def _headline(
 ) -> list[Row]:
     """Counts of the model given to the run, and measures of it after the removal of tokens."""
     starts = record.of(Start)
-    given = starts[0].given if starts else "dense"
+    called_first = starts[0].given if starts else "dense"
     measures = [*_measures(record, cuts, evaluations, after_cuts), *_task_rows(tasks)]
     rows = [
-        *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
+        *(replace(row, begun=called_first) for row in _counts(record, cuts, starts)),
         *(replace(row, begun=called) for row in measures),
     ]
     return [row for row in rows if row.before is not None or row.now is not None]
@@ -380,16 +380,16 @@ def _task_rows(tasks: Sequence[Tasks]) -> Iterator[Row]:
     scores = tasks[-1].scores
     if first is not None and [score["task"] for score in first.scores] != [score["task"] for score in scores]:
         first = None  # the recipe has changed since
-    given = shots(score["shots"] for score in scores)
+    examples = shots(score["shots"] for score in scores)
     if len(scores) == 1:
         score = scores[0]
         form: Form = "right" if score["accuracy"] else "plain"
         before, now = (scored.scores[0]["value"] if scored else None for scored in (first, last))
-        yield Row(score["task"], before, now, form, f"{score['metric']}, {given}")
+        yield Row(score["task"], before, now, form, f"{score['metric']}, {examples}")
     else:
         counted = sum(bool(score["accuracy"]) for score in scores)
         before, now = (scored.average if scored else None for scored in (first, last))
-        yield Row(f"average of {counted} tasks", before, now, "right", f"accuracy, {given}")
+        yield Row(f"average of {counted} tasks", before, now, "right", f"accuracy, {examples}")
 
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
@@ -409,9 +409,9 @@ def _tokens(record: Record, evaluations: Sequence[Evaluation]) -> dict[str, int]
     return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}
 
 
-def _wall(told: Sequence[Event]) -> float | None:
+def _wall(events_in_order: Sequence[Event]) -> float | None:
     """Seconds from the first event to the last, without pauses of more than ten minutes before a stopped run continued."""
-    timed = [event for event in told if event.time]
+    timed = [event for event in events_in_order if event.time]
     times = [event.time or 0.0 for event in timed]
     pauses = sum(
         later - earlier

@@ -132,7 +132,7 @@ def record_of_result(path: Path, events: Iterable[Mapping[str, Any]]) -> Record:
     recipe = pruning.get("recipe") or {}
     return Record(
         path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        made_by=str(pruning.get("made_by") or ""), events=[event for told in events if is_logged(told) and (event := parse_line(to_json(told)))],
+        made_by=str(pruning.get("made_by") or ""), events=[event for data in events if is_logged(data) and (event := parse_line(to_json(data)))],
         pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=weight_bytes(path), kept=False,
         trouble=trouble,
     )  # fmt: skip

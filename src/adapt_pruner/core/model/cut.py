@@ -405,7 +405,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
     config.per_layer_config = None
-    stayed = (mask.layers_left if depth else None) or list(range(depth.size if depth else 0))
+    stayed = mask.layers_left or list(range(depth.size if depth else 0))
     if depth is not None:
         for field, _ in depth.fields:
             setattr(config, field, len(stayed))
