@@ -39,16 +39,8 @@ FOLDERS = {
 """Kind of part, which is a key of a recipe, or `proposal` -> the folder whose files hold such parts."""
 
 
-_SUPPLIED = (
-    "debt",
-    "dtype",
-    "on_axis",
-    "on_layer",
-    "seed",
-    "task",
-    "teacher",
-    "warn",
-)  # arguments that are not options: the run supplies them
+# arguments that are not options: the run supplies them
+_SUPPLIED = ("debt", "dtype", "on_axis", "on_layer", "seed", "task", "teacher", "warn")
 _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and where these stand
     "chooser": {"step": "step", "amplitude": "amplitude"},
     "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},
@@ -224,13 +216,8 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
     if "str" in kinds and isinstance(value, str):
         return value
     within = f" ({within})" if within else ""
-    named = {
-        "bool": "true or false",
-        "int": f"a whole number{within}",
-        "float": f"a number{within}",
-        "str": "a word",
-        "None": "null",
-    }
+    counting = f"number{within}"
+    named = {"bool": "true or false", "int": f"a whole {counting}", "float": f"a {counting}", "str": "a word", "None": "null"}
     if unknown := [kind for kind in kinds if kind not in named]:
         raise UsageError(
             f"{what} cannot be given in a recipe, because its type {unknown[0]} is none of {', '.join(named)} and Literal; leave it out"
