@@ -29,7 +29,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.report import notebook
+from adapt_pruner.report import screen as notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 from test_compare import pruned_here
@@ -470,7 +470,7 @@ def test_a_notebook_shows_one_output_that_changes_and_keeps_its_lines(
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))  # type: ignore[arg-type]
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    monkeypatch.setattr(notebook, "_EVERY", 0.01)
+    monkeypatch.setattr(notebook, "_NOTEBOOK_EVERY", 0.01)
     ap.prune(tiny_folder, params="80%", text=text_file, progress=True, listen=lambda event: time.sleep(0.02), **QUICK)
     assert made == [True], "one output"
     assert "starting" in shown[0]["text/plain"]

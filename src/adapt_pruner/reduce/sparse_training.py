@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.core.events.run import MasksLearnt, Within
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.core.model.modeling_pruned import add_block_sums
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.precision import casting_once
 from adapt_pruner.core.model.weight_mask import WeightMask, largest, linear_layers, oriented, stored

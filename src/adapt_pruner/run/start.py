@@ -222,7 +222,7 @@ def _check_saved(work: Work) -> None:
     if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):
         remedy = "" if blocks else "set equal_widths=true, or "
         raise UsageError(
-            f"{stock_class(work.model)} has no class in checkpoint/modeling_pruned.py, so layers that differ in size could not be "
+            f"{stock_class(work.model)} has no class in core/model/modeling_pruned.py, so layers that differ in size could not be "
             f"saved; {remedy}prune whole layers, for example with method=shortgpt"
         )
 
