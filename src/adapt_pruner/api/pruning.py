@@ -33,9 +33,8 @@ from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import with_card
 from adapt_pruner.run import forecast
 from adapt_pruner.run.folder import figures_of
-from adapt_pruner.run.in_time import recipe_in_time
-from adapt_pruner.run.rules import how_long
-from adapt_pruner.run.threads import kept_threads
+from adapt_pruner.run.probe import kept_threads
+from adapt_pruner.run.shrink import how_long, recipe_in_time
 
 __all__ = ["dry_run", "prune", "run", "shrink"]
 

@@ -51,14 +51,14 @@ def shrink(
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
     started = time.perf_counter()
-    from adapt_pruner.run.rules import how_long
+    from adapt_pruner.run.shrink import how_long
 
     long = how_long(minutes, hours, tokens)
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
     from adapt_pruner.run.folder import figures_of
-    from adapt_pruner.run.in_time import recipe_in_time
+    from adapt_pruner.run.shrink import recipe_in_time
 
     quiet_libraries()
     common = {"model": model, "budget": params, "seed": seed, "device": device, "dtype": dtype}

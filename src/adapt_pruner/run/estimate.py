@@ -5,7 +5,7 @@ the residual stream, m tokens of a pass; A, K and I are query features, key feat
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
@@ -13,7 +13,6 @@ from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.layers import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
-from adapt_pruner.recipe import Recipe
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
@@ -28,7 +27,6 @@ __all__ = [
     "process_bytes",
     "pruning_memory",
     "seconds",
-    "setup_of",
     "shapes",
     "training_memory",
 ]
@@ -138,16 +136,6 @@ class Setup:
     def trained(self, of: Shapes) -> int:
         """Parameters that have a gradient and moments."""
         return self.lora * of.in_and_out if self.lora else of.params
-
-
-def setup_of(recipe: Recipe, *, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
-    """How a recipe trains, for the formulas."""
-    asked = recipe.training
-    return Setup(
-        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.step_tokens,
-        checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
-        processes=processes, parallel=recipe.parallel,
-    )  # fmt: skip
 
 
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
@@ -342,11 +330,13 @@ class Speed:
     """The speed of a process.
 
     Attributes:
-        flops: FLOPs per second.
+        flops: FLOPs per second of reading, and of all phases that `others` does not name.
         words: where the figure comes from, for people.
         near: bytes per second to another process on the same machine, of up to 8 processes.
         far: bytes per second to a process on another machine.
         memory: bytes of the device; None if that is not known.
+        others: phase -> FLOPs per second.
+        load: seconds to load the model.
     """
 
     flops: float
@@ -354,6 +344,12 @@ class Speed:
     near: float = 300e9
     far: float = 40e9
     memory: int | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    load: float = 0.0
+
+    def of(self, phase: str) -> "Speed":
+        """The speed in a phase."""
+        return replace(self, flops=self.others.get(phase, self.flops))
 
 
 PAPER = {

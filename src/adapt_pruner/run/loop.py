@@ -18,12 +18,12 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import called
-from adapt_pruner.run.disk_space import check_result
 from adapt_pruner.run.folder import RunFolder, open_run_folder
+from adapt_pruner.run.plan import check_result
+from adapt_pruner.run.probe import fit_threads, kept_threads
 from adapt_pruner.run.results import Outcome
 from adapt_pruner.run.resume import interrupted, resumed
 from adapt_pruner.run.start import begin, prepare, tell_start
-from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.work import Stage, Work
 

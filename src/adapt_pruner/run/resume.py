@@ -17,8 +17,8 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import kept
-from adapt_pruner.run.disk_space import check_run
 from adapt_pruner.run.folder import RunFolder
+from adapt_pruner.run.plan import check_run
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name

@@ -30,7 +30,7 @@ from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.data.sources import domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
@@ -40,15 +40,14 @@ from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
-from adapt_pruner.run.ahead import ahead, setup_here
-from adapt_pruner.run.estimate import Setup, setup_of, shapes
+from adapt_pruner.run.estimate import Setup, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
-from adapt_pruner.run.plan import check_memory, free_bytes, too_large
-from adapt_pruner.run.teacher import teacher_of
+from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
+from adapt_pruner.run.training import teacher_of
 from adapt_pruner.train.loop import stage_tokens, whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
-__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
+__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "stages", "tell_start"]
 
 
 def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
@@ -64,19 +63,14 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
         work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
         work.state.figures["params_after_vocabulary"] = work.num_params
     if recipe.latency:  # its size is measured later
-        work.stages = _stages(work, start=work.num_params, end=work.num_params)
+        work.stages = stages(work, start=work.num_params, end=work.num_params)
     else:
         work.stages, work.budget = plan(work)
-    training, teacher = recipe.training, None
-    if training.source is not None and training.needs_teacher:
-        named = training.teacher
-        teacher = shapes(work.model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))
+    teacher = recipe.training.teacher
     device = pick_device(recipe.device) if here else torch.device("cpu" if recipe.device == "cpu" else "cuda")
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
-    if here:
-        narrow = uses_bfloat16(device, recipe.dtype)
-    return work, setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=world.size())
+    named = None if teacher is None else shapes(load_shapes(teacher, trust_remote_code=trust_remote_code))
+    how = setup_of(work, device=device, teacher=named)
+    return work, how if here else replace(how, narrow=recipe.dtype in ("bfloat16", "auto" if how.device == "cuda" else ""))
 
 
 def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:
@@ -175,7 +169,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     work.reduction.check(work)
     if recipe.makes_zeros:
         _check_zeros(work, cuts=False)
-        return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
+        return stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.params_to_keep(recipe, figures)
     start, decoder = sizes_begun(work)
     budget = Budget.parse(
@@ -196,7 +190,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         _check_saved(work)
         floor, when = work.reduction.floor(work)
         budget.check_reachable(floor, when=when)
-    return _stages(work, start=start, end=min(start, budget.keep)), budget
+    return stages(work, start=start, end=min(start, budget.keep)), budget
 
 
 def _check_class(work: Work) -> None:
@@ -263,7 +257,7 @@ def sizes_begun(work: Work) -> tuple[int, int]:
     )
 
 
-def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
+def stages(work: Work, *, start: int, end: int) -> list[Stage]:
     """The stages of a run that goes from `start` parameters to `end`."""
     recipe, planned, reached = work.recipe, [], start
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
@@ -294,8 +288,8 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     work.stages, work.budget = plan(work)
     _check_machine(work)
     if write and not begun:
-        check_memory(work, setup_here(work), free=free_bytes(work.model.device))
-    if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
+        check_memory(work, setup_of(work), free=free_bytes(work.model.device))
+    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
@@ -303,10 +297,10 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
     if write:
-        work.tell(ahead(work, setup_here(work), writes=() if begun else to_write(work)))
+        work.tell(phases(work, setup_of(work), begun=begun))
         work.begins("read")
     looks_at_text = work.reads_text
-    with work.state.clock("score") if _writes_text(recipe) else nullcontext():
+    with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
         own = [*_repair_text(work, folder, begun=begun), *_further_text(work)] if write else []
@@ -337,20 +331,6 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
         teacher=teacher_of(work, begun=begun),
         tasks=tasks,
-    )
-
-
-def _writes_text(recipe: Recipe) -> bool:
-    """Whether the model writes its calibration text itself."""
-    return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
-
-
-def to_write(work: Work) -> tuple[int, ...]:
-    """Number of sequences in each text that the model writes before a run begins."""
-    recipe, asked = work.recipe, work.recipe.calibration
-    return (
-        *((asked.samples,) if work.reads_text and _writes_text(recipe) else ()),
-        *((asked.self_generated,) if asked.self_generated and recipe.repair is not None else ()),
     )
 
 
@@ -429,10 +409,10 @@ def _check_machine(work: Work) -> None:
 def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
-    if _writes_text(recipe) and not write:
+    if writes_text(recipe) and not write:
         return lambda iteration: []
     asked = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
-    if _writes_text(recipe) and folder is not None:
+    if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=asked["samples"], seed=recipe.seed, begun=begun))
