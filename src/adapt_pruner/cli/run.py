@@ -64,10 +64,12 @@ def run(
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
-    from adapt_pruner.run import folder, forecast
+    from adapt_pruner.run import folder
 
     quiet_libraries()
     if dry_run:
+        from adapt_pruner.run import forecast
+
         if out is not None:
             folder.check_folder(out, resolved, force=force_recipe)
         with screen() as listen:

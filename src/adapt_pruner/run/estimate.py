@@ -17,19 +17,9 @@ from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
 __all__ = [
-    "PAPER",
-    "Setup",
-    "Shapes",
-    "Speed",
-    "bytes_moved",
-    "multiply_adds",
-    "operations",
-    "process_bytes",
-    "pruning_memory",
-    "seconds",
-    "shapes",
+    "PAPER", "Setup", "Shapes", "Speed", "bytes_moved", "multiply_adds", "operations", "process_bytes", "pruning_memory", "seconds", "shapes",
     "training_memory",
-]
+]  # fmt: skip
 
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # bytes that an allocator holds per byte asked for; the second figure is assumed
 _HOLES = 0.5  # on a CPU: share of freed activations that glibc keeps, as holes between gradients and moments
@@ -209,11 +199,11 @@ def pruning_memory(
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
     rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
-    own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    held = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
-        own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+        held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     if evidence is Evidence.WEIGHTS and not reads:
-        return own
+        return held
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
     layer = (4 * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
@@ -238,14 +228,14 @@ def pruning_memory(
         "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
     }  # fmt: skip
     if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
-        return {**own, **reading}
-    return {**own, **scoring}
+        return {**held, **reading}
+    return {**held, **scoring}
 
 
 def process_bytes(parts: Mapping[str, int], device: str) -> int:
     """Bytes that a process occupies in all: `parts`, what allocators keep on top, and on a CPU Python itself."""
-    asked = _SLACK[device] * sum(parts.values())
-    return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
+    held = _SLACK[device] * sum(parts.values())
+    return round(held + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else held)
 
 
 def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
@@ -279,8 +269,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:
         logits += 20 * of.vocabulary * at_once
-    own = ((4 + element) * learns + element * how.narrow) * of.head
-    return logits + 4 * how.tokens * of.width + (0 if gathered else own)
+    of_head = ((4 + element) * learns + element * how.narrow) * of.head
+    return logits + 4 * how.tokens * of.width + (0 if gathered else of_head)
 
 
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:

@@ -94,8 +94,8 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
     own = [calibration.samples] if work.reads_text and writes_text(recipe) else []
     for samples in (*own, calibration.self_generated if recipe.repair is not None else 0):
         if samples and not begun:  # on a GPU the time of a token depends on its kernels, not on its operations
-            one = operations(now, replace(how, length=calibration.length), kind="read")
-            add("write", 0, None if how.device == "cuda" else samples * calibration.length * one)
+            a_token = operations(now, replace(how, length=calibration.length), kind="read")
+            add("write", 0, None if how.device == "cuda" else samples * calibration.length * a_token)
     if "params_before" not in state.figures:
         measure(0, now, tasks=True)
     tokens, whole = [], 0

@@ -69,7 +69,9 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains
     fits = free is None or most_bytes(dense, how) <= free
     how = replace(how, checkpointing=free is not None and most_bytes(dense, replace(how, checkpointing=False)) > free)
-    words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else _in_words()
+    words = fit_threads(work) if recipe.minutes else _in_words()
+    if device.type != "cpu":
+        words = torch.cuda.get_device_name(device)
     words += f", {'bfloat16' if how.narrow else 'float32'}"
     of, row = shapes(model), replace(how, length=_PROBED_ROW)
     batch = _random_rows(model, _PROBED_TOKENS // _PROBED_ROW, _PROBED_ROW)
@@ -122,10 +124,12 @@ def _tokens_a_second(do: Callable[[Tensor], object], batch: Tensor) -> float:
     The first pass of a process takes longest, and a part of each pass takes as long for one row as for many.
     """
     for _ in range(2):
-        one = _seconds(lambda: do(batch[:1]))
-        if one > _ENOUGH:
+        of_row = _seconds(lambda: do(batch[:1]))
+        if of_row > _ENOUGH:
             break
-    return batch[0].numel() / one if one * len(batch) > _MOST else batch.numel() / _seconds(lambda: do(batch))
+    if of_row * len(batch) > _MOST:
+        return batch[0].numel() / of_row
+    return batch.numel() / _seconds(lambda: do(batch))
 
 
 def _random_rows(model: Any, count: int, length: int) -> Tensor:

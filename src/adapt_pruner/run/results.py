@@ -139,16 +139,16 @@ def measure_tasks(work: Work, *, stage: int) -> float:
     Returns:
         The seconds that the scores from the cache once took.
     """
-    asked, figures = work.recipe.evaluation, work.state.figures
-    if asked.tasks is None:
+    evaluation, figures = work.recipe.evaluation, work.state.figures
+    if evaluation.tasks is None:
         return 0.0
 
-    def told(task: str, done: int, of: int) -> None:
+    def tell(task: str, done: int, of: int) -> None:
         work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
 
     with work.state.clock("evaluate"):
         settings: dict[str, Any] = {
-            "limit": asked.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": told, "warn": work.warn,
+            "limit": evaluation.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": tell, "warn": work.warn,
         }  # fmt: skip
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.data.tasks, **settings))
     mean, stderr = average(scores) or (None, None)

@@ -340,8 +340,8 @@ def _draft(speed: Speed, work: Work, way: _Way, *, distilled: bool, again: bool)
     work = replace(work, recipe=recipe)
     work.stages, how = stages(work, start=work.num_params, end=_target(work)), setup_of(work)
     took: dict[str, float] = {}
-    for (_, phase), one in seconds(work, how, speed, phases(work, how, begun=True)).items():
-        took[phase] = took.get(phase, 0.0) + one
+    for (_, phase), phase_seconds in seconds(work, how, speed, phases(work, how, begun=True)).items():
+        took[phase] = took.get(phase, 0.0) + phase_seconds
     window, train = took.pop("evaluate"), took.pop("train")
     return _Draft(
         way,

@@ -66,11 +66,14 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
         work.stages = stages(work, start=work.num_params, end=work.num_params)
     else:
         work.stages, work.budget = plan(work)
-    teacher = recipe.training.teacher
-    device = pick_device(recipe.device) if here else torch.device("cpu" if recipe.device == "cpu" else "cuda")
-    named = None if teacher is None else shapes(load_shapes(teacher, trust_remote_code=trust_remote_code))
-    how = setup_of(work, device=device, teacher=named)
-    return work, how if here else replace(how, narrow=recipe.dtype in ("bfloat16", "auto" if how.device == "cuda" else ""))
+    teacher = None
+    if recipe.training.teacher is not None:
+        teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code))
+    if here:
+        return work, setup_of(work, device=pick_device(recipe.device), teacher=teacher)
+    device = "cpu" if recipe.device == "cpu" else "cuda"
+    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
+    return work, replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
 
 
 def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:

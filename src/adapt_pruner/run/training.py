@@ -97,11 +97,16 @@ class Trainer:
             self._work.optimizer.state.clear()
 
     def begin_stage(self) -> None:
-        """Prepare a stage's training after its cuts, and save a checkpoint."""
+        """Prepare a stage's training after its cuts, and save a checkpoint. New biases are trained without weight decay."""
         work = self._work
         work.state.progress.forget_losses()
         if work.optimizer is not None:
-            self._join(work)
+            trained = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
+            if not trained & {id(parameter) for parameter in work.model.parameters()}:  # a reduction has replaced all parameters
+                work.optimizer = self._new_optimizer()
+                self._working = (work.model, work.optimizer)
+            else:
+                work.train_new_parameters()
         if work.data.feed is not None:
             self.save(called(work.state.stage, pruned=True))
 
@@ -111,13 +116,12 @@ class Trainer:
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
         if work.data.feed is None or (progress.rows >= until and not unmerged):
             return
-        tokens = work.recipe.training.tokens
-        asked = min(tokens, work.expected or tokens)
+        tokens = min(work.recipe.training.tokens, work.expected or work.recipe.training.tokens)
         in_time = None if work.recipe.minutes is None else self._seconds_left
         for step in self.train_steps(until=until, seconds_left=in_time):
-            if step.reach < _SLOW * asked:
+            if step.reach < _SLOW * tokens:
                 work.warn_of_stage(
-                    f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
+                    f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(tokens)} tokens; the "
                     "learning rate comes down by then"
                 )
         if in_time is not None and progress.tokens == 0:
@@ -188,17 +192,17 @@ class Trainer:
 
     def _steps(self, *, until: int, around: Around, seconds_left: Callable[[], float] | None) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
-        work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
+        work, training, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
-        objective = parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)
-        teacher = "the dense model" if asked.teacher is None else "the teacher"
+        objective = parts.bind("objective", training.objective, teacher=work.data.teacher, task=work.task)
+        teacher = "the dense model" if training.teacher is None else "the teacher"
         if name := named_loss(objective.func, objective.keywords, teacher=teacher):
             self._loss_is = {"loss_is": name}
         how = TrainConfig(
             objective=around(objective),
-            schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
-            lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
-            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
+            schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
+            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.micro_batch_tokens, clip=training.clip,
+            max_rise=training.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
             expected=math.inf if seconds_left is None else world.agreed(self._expected(seconds_left())),
         )  # fmt: skip
         with keeping_freed(), self._at_work() as (model, optimizer):
@@ -252,32 +256,24 @@ class Trainer:
             self.save(name)
 
     def _new_optimizer(self) -> AdamW:
-        asked = self._work.recipe.training
-        optimizer = make_optimizer(self._work.model, lr=asked.lr, weight_decay=asked.weight_decay, betas=asked.betas)
+        training = self._work.recipe.training
+        optimizer = make_optimizer(self._work.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas)
         load_moments(self._work.model, optimizer, self._tensors)
         return optimizer
-
-    def _join(self, work: Work) -> None:
-        """Add new biases to the optimiser, in place, without weight decay; replace it if all parameters are new."""
-        assert work.optimizer is not None
-        its = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
-        there = list(work.model.parameters())
-        if not its & {id(parameter) for parameter in there}:  # a reduction has replaced all parameters
-            work.optimizer = self._new_optimizer()
-            self._working = (work.model, work.optimizer)
-            return
-        work.train_new_parameters()
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, Any]]:
         """The model and the optimiser as they train: adapted, sharded, with the recipe's kernels; plain again afterwards."""
-        work, asked = self._work, self._work.recipe.training
+        work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
-            if asked.lora is not None:
+            if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
-                stack.enter_context(adapted(work.model, **asked.lora.model_dump(), seed=seed))
-                _fill(work.model, self._tensors)
+                stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
+                with torch.no_grad():
+                    for name, parameter in work.model.named_parameters():
+                        if name in self._tensors:
+                            parameter.copy_(self._tensors[name])
                 optimizer = self._new_optimizer()
             self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
@@ -286,21 +282,13 @@ class Trainer:
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
                 stack.enter_context(work.weight_mask.keeping_zeros(model))
-            how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
-            stack.enter_context(kernels(model, **how))
+            again = training.gradient_checkpointing
+            stack.enter_context(kernels(model, gradient_checkpointing=again, compiled=training.compile, liger=training.liger))
             self._working = (model, optimizer)
             try:
                 yield model, optimizer
             finally:
                 self._working = (work.model, work.optimizer)
-
-
-def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the parameters of the same names, in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.copy_(tensors[name])
 
 
 def teacher_of(work: Work, *, begun: bool) -> Any:
