@@ -20,11 +20,12 @@ from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import keeping_freed
+from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.plan import check_memory, free_bytes, most_bytes, setup_of
-from adapt_pruner.run.start import begin, plan
+from adapt_pruner.run.start import begin, plan, room
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -49,7 +50,7 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     that goes on later gives the same weights.
 
     Args:
-        recipe: the run, with gradient checkpointing; its way to prune may change afterwards.
+        recipe: the run; its way to prune may change afterwards, and it may use gradient checkpointing.
         listen: told of events.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -60,10 +61,13 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
         UsageError: the model cannot be loaded, does not fit into memory, or is smaller than the budget.
     """
     began = time.perf_counter()
-    work = begin(recipe, listen, trust_remote_code=trust_remote_code, check=True)
+    if trouble := room(recipe, trust_remote_code=trust_remote_code, again=True):
+        raise UsageError(trouble)
+    work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
     work.stages, work.budget = plan(work)
-    model, device, how, free = work.model, work.model.device, setup_of(work), free_bytes(work.model.device)
+    model, device, free = work.model, work.model.device, free_bytes(work.model.device)
+    how = replace(setup_of(work), checkpointing=True)
     check_memory(work, how, free=free)
     listen(Probe())
     dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains

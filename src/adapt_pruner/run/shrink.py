@@ -197,9 +197,9 @@ def recipe_in_time(
     check_trackers(plain)
     listen(Progress(phase="read", done=0, of=0))
     parts = split_off_heldout(spec)
-    training = {"batch_tokens": max(_BATCH, plain.training.length), "gradient_checkpointing": True}
-    smallest = plain.model_copy(update={"training": plain.training.model_copy(update=training)})
-    speed, work = probed(smallest, listen=listen, trust_remote_code=trust_remote_code)
+    training = plain.training.model_copy(update={"batch_tokens": max(_BATCH, plain.training.length)})
+    probe_recipe = plain.model_copy(update={"training": training})
+    speed, work = probed(probe_recipe, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens, held_out_tokens = parts.tokens(work.tokenizer, length=_TRAINING_ROW)
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
     choice = planned(speed, work, Asked(text_tokens, held_out_tokens, text is not None, minutes, tokens, gone=spent))

@@ -76,11 +76,15 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
     return work, replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
 
 
-def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:
-    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes."""
+def room(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False) -> str:
+    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes.
+
+    With `again`, the run may use gradient checkpointing although the recipe does not say so.
+    """
     if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
         return ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
+    how = replace(how, checkpointing=how.checkpointing or again)
     return too_large(work, how, free=free_bytes(pick_device(recipe.device)))
 
 
