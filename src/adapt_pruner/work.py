@@ -119,7 +119,7 @@ class Reduction:
         return TextUse()
 
     def phases(self, work: "Work", target: int) -> dict[str, Passes]:
-        """Phase of an iteration (see `core.events.Progress`) -> its work on the way to `target` parameters; in order."""
+        """Phase of an iteration (see `core.events.PHASES`) -> its work on the way to `target` parameters; in order."""
         calibration = work.recipe.calibration
         return {"score": Passes(both=calibration.samples * calibration.length)} if self.text_use(work).text else {}
 
@@ -508,7 +508,7 @@ class Work:
         return counting(self.listen, phase, **where)
 
     def begins(self, phase: str, **where: Any) -> None:
-        """Tell the listener that a phase begins (see `core.events.Progress`)."""
+        """Tell the listener that a phase begins (see `core.events.PHASES`)."""
         self.tell(events.Progress(phase=phase, done=0, of=0, **where))
 
     def warn(self, message: str) -> None:

@@ -384,9 +384,8 @@ def shrink(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     started = time.perf_counter()
-    from adapt_pruner.run.in_time import recipe_in_time
-    from adapt_pruner.run.rules import how_long
-    from adapt_pruner.run.threads import kept_threads
+    from adapt_pruner.run.probe import kept_threads
+    from adapt_pruner.run.shrink import how_long, recipe_in_time
 
     long = how_long(minutes, hours, None if tokens is None else str(tokens))
     keep, place = placed(output)

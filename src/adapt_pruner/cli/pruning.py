@@ -124,13 +124,13 @@ def shrink(
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
     started = time.perf_counter()
-    from adapt_pruner.run.rules import how_long
+    from adapt_pruner.run.shrink import how_long
 
     long = how_long(options["minutes"], options["hours"], options["tokens"])
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import screen
     from adapt_pruner.run.folder import figures_of
-    from adapt_pruner.run.in_time import recipe_in_time
+    from adapt_pruner.run.shrink import recipe_in_time
 
     trust: bool = options["trust_remote_code"]
     common = {"budget": options["params"], **{key: options[key] for key in ("model", "seed", "device", "dtype")}}

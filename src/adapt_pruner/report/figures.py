@@ -392,7 +392,7 @@ def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
     """The seconds of each phase that took any."""
     figures, spent = record.figures, record.state.get("spent")
     by_phase = {phase: number_of(figures.get(f"seconds_{phase}")) for phase in BILL}
-    if not any(by_phase.values()) and record.checkpoint is not None and isinstance(spent, dict) and not BILL.isdisjoint(spent):
+    if not any(by_phase.values()) and record.checkpoint is not None and isinstance(spent, dict) and BILL.keys() & spent.keys():
         by_phase = {phase: number_of(spent.get(phase)) for phase in BILL}
         notes.append(f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log")
     return {phase: seconds for phase, seconds in by_phase.items() if seconds is not None and seconds > 0}
