@@ -397,12 +397,12 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
     recipe = work.recipe
     if writes_text(recipe) and not write:
         return lambda iteration: []
-    keys = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
+    keys = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
     if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
         keys["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=keys["samples"], seed=recipe.seed, begun=begun))
-    return work.task.calibration(
+    feed = work.task.calibration(
         work.model, work.tokenizer, **keys, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
     return feed if recipe.calibration.redraw else lambda iteration: feed(0)

@@ -20,6 +20,7 @@ from adapt_pruner.core import events
 from adapt_pruner.core.events.words import compact
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.kinds import OF_THE_MODEL
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.precision import cast_weights, uses_bfloat16
 from adapt_pruner.core.system import world
@@ -364,7 +365,7 @@ def _check_hidden(work: Work, teacher: Any) -> None:
         UsageError: they are not.
     """
     recipe = work.recipe
-    changed = [kind for kind in ("residual", "layers") if kind in recipe.axes]
+    changed = [kind for kind in recipe.axes if kind in OF_THE_MODEL]
     if changed or work.reduction.changes_hidden_states:
         what = f"axes names {' and '.join(changed)}" if changed else f"reduce {recipe.reduce} changes their width or number"
         raise UsageError(
