@@ -13,6 +13,7 @@ README.md               for a result, the model card (see `report.card`)
 """
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,12 +29,13 @@ from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
-from adapt_pruner.core.model.cut import write_sizes
+from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.families import admission
 
 __all__ = [
     "SHARD_BYTES",
@@ -234,10 +236,45 @@ def stock_class(model: Any) -> str:
     return type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
 
 
+_COMES_BACK: dict[str, bool] = {}  # of this process, by `admission.fingerprint`
+
+
 def can_save_unequal_layers(model: Any) -> bool:
-    """Whether modeling_pruned.py builds such a model with layers that differ in size."""
+    """Whether modeling_pruned.py builds such a model with layers that differ in size.
+
+    For a type that no family file names, a tiny model of its class is cut to unequal layers, saved and built again: its logits must
+    be equal, and it must write the same tokens with a cache as without.
+    """
     layer = decoder_layers(model)[0]
-    return hasattr(modeling_pruned, f"Pruned{stock_class(model)}") and hasattr(layer, "self_attn") and hasattr(layer, "mlp")
+    if not hasattr(modeling_pruned, f"Pruned{stock_class(model)}"):
+        return False
+    if families.family_of(model.config) is not None:
+        return hasattr(layer, "self_attn") and hasattr(layer, "mlp")
+    config = admission.shrunk(model.config)
+    name = admission.fingerprint(config)
+    if name not in _COMES_BACK:
+        _COMES_BACK[name] = _comes_back(admission.tiny_model(config))
+    return _COMES_BACK[name]
+
+
+@torch.no_grad()
+def _comes_back(tiny: Any) -> bool:
+    axes = families.axes(tiny)
+    try:
+        cut(tiny, axes, admission.random_mask([axis for axis in axes if axis.layer is not None and axis.layer % 2 == 0], seed=0))
+        config = _config(tiny, torch.float64, as_it_says=False)
+        built = getattr(modeling_pruned, f"Pruned{stock_class(tiny)}")
+        with admission.Wide():
+            config = built.config_class.from_dict(json.loads(config.to_json_string()))
+            config._experts_implementation = "eager"
+            twin = built(config).double().eval()
+            twin.load_state_dict(tiny.state_dict())
+            ids = torch.tensor([[5, 9, 14, 7, 3, 20]])
+            same = torch.allclose(twin(ids).logits, tiny(ids).logits, rtol=0, atol=1e-6)
+            written = [twin.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    except Exception:  # stock code of any type may fail in any way
+        return False
+    return same and torch.equal(*written)
 
 
 def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:

@@ -79,7 +79,7 @@ def left_whole(config: Any) -> dict[str, str]:
 
 
 def axes(model: nn.Module) -> tuple[Axis, ...]:
-    """Every axis along which a model may shrink, with the sizes that its weights have now.
+    """Every axis along which a model may shrink, with the sizes that its weights have now; and `layers`, even if these stay.
 
     Raises:
         UsageError: there is none.
@@ -91,7 +91,7 @@ def axes(model: nn.Module) -> tuple[Axis, ...]:
     admitted = admission.verdict_of(model.config).admitted
     if not admitted:
         raise UsageError(why_unknown(model.config))
-    return tuple(axis for axis in convention.axes(model) if axis.kind in admitted or axis.size <= axis.least)
+    return tuple(axis for axis in convention.axes(model) if axis.kind in (*admitted, "layers") or axis.size <= axis.least)
 
 
 def sizes(model: nn.Module) -> dict[str, int]:

@@ -3,7 +3,8 @@
 A tiny random model is built from the real config: every size is shrunk, every kind of layer, sharing and window stays. Then each
 kind of axis of `convention.axes` is tried by itself, with several masks in float64, and after that all that passed together:
 
-    admitted    max |logits(gated) - logits(cut)| <= 1e-9, the gate changes the logits, and only what the axis names is freed
+    admitted    max |logits(gated) - logits(cut)| <= 1e-9; the gate changes the logits; only what the axis names is freed; and the stock
+                class, built from the config that the cut has written, takes the weights and gives the same logits
 
 A kind that fails is left whole, with the reason. Parameters and persistent buffers are random, because a zero bias or a weight of one
 hides a mistake. While the tiny model runs, casts to float32 give float64, so that the norms of stock code do not round.
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -34,9 +35,10 @@ from adapt_pruner.core.system.files import cache_folder, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.families import convention
 
-__all__ = ["Verdict", "shrunk", "tiny_model", "verdict_of"]
+__all__ = ["Verdict", "Wide", "fingerprint", "random_mask", "shrunk", "tiny_model", "verdict_of"]
 
 GAP = 1e-9
+ROUNDED = 1e-4  # of a model built anew, whose positions were computed in float32
 SEEDS = (1, 2)
 MOST_PARAMETERS = 4_000_000
 TOKENS = 24  # of each text, so that windows, which shrink to 8, matter
@@ -53,6 +55,11 @@ _SIZES = {
 }  # fmt: skip
 """Fields of configs -> what they are in the tiny model; each only if the config has it and it is not 0."""
 _VERDICTS: dict[str, "Verdict"] = {}  # of this process, by fingerprint
+_OF_ONE_FOLDER = {
+    "_name_or_path", "allow_global_per_layer_attribute_access", "architectures", "auto_map", "dtype", "per_layer_config",
+    "quantization_config", "torch_dtype", "transformers_version",
+}  # fmt: skip
+"""Fields that say nothing of the class that builds a model."""
 _LEAST_LAYERS, _MOST_LAYERS = 3, 8
 _KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
 
@@ -70,7 +77,7 @@ class Verdict:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-class _Wide(TorchFunctionMode):
+class Wide(TorchFunctionMode):
     """Within this mode, what would be cast to float32 is cast to float64."""
 
     def __torch_function__(
@@ -93,9 +100,7 @@ def shrunk(config: Any) -> Any:
     """
     config = config.get_text_config(decoder=True)
     raw = json.loads(config.to_json_string(use_diff=False))
-    raw = {
-        key: value for key, value in raw.items() if key not in ("per_layer_config", "quantization_config", "torch_dtype", "dtype")
-    }
+    raw = {key: value for key, value in raw.items() if key not in _OF_ONE_FOLDER}
     depth = _depth(raw)
     tiny = {**raw, **{key: value for key, value in _SIZES.items() if raw.get(key)}, "num_hidden_layers": depth}
     for key, value in raw.items():
@@ -126,8 +131,9 @@ def tiny_model(tiny: Any, seed: int = 0) -> Any:
             count = count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(tiny)))
         if count > MOST_PARAMETERS:
             raise ValueError(f"its tiny model would have {count:,} parameters; at most {MOST_PARAMETERS:,} are tried")
-        tiny._experts_implementation = "eager"
-        model = AutoModelForCausalLM.from_config(tiny).double().eval()
+        model = _built(tiny)
+        if model is None:
+            raise ValueError("its config sizes layers one by one")
         with torch.no_grad():
             for name, tensor in model.state_dict().items():
                 if tensor.is_floating_point():
@@ -138,23 +144,44 @@ def tiny_model(tiny: Any, seed: int = 0) -> Any:
     return model
 
 
+def _built(config: Any) -> Any:
+    """A model of a config as its stock class builds it, in float64; None if its layers differ, which a stock class cannot build."""
+    from transformers import AutoModelForCausalLM
+
+    if config.is_heterogeneous:
+        return None
+    config = copy.deepcopy(config)
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
 def verdict_of(config: Any) -> Verdict:
-    """Which kinds of axes may shrink in models of a config's type. Takes about a second; the cache folder keeps what was found."""
+    """Which kinds of axes may shrink in models of a config's type, the same before and after a cut.
+
+    It takes about a second. The cache folder keeps what was found for a config and the versions of torch and transformers.
+    """
     try:
         tiny = shrunk(config)
     except Exception as error:  # the config class of any type may refuse in any way
         return Verdict(refused={"all": _first_line(error)})
+    name = fingerprint(tiny)
+    if name not in _VERDICTS:
+        _VERDICTS[name] = _kept(name, tiny)
+    return _VERDICTS[name]
+
+
+def fingerprint(tiny: Any) -> str:
+    """What decides a verdict: the fields of a config that `shrunk` made, less those that a cut writes, and the code that tries it."""
     code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convention, sys.modules[__name__]))
-    about = json.dumps([version("transformers"), version("torch"), tiny.to_dict()], sort_keys=True, default=str)
-    fingerprint = hashlib.sha256(code + about.encode()).hexdigest()[:32]
-    if fingerprint not in _VERDICTS:
-        _VERDICTS[fingerprint] = _kept(fingerprint, tiny)
-    return _VERDICTS[fingerprint]
+    fields = {key: value for key, value in tiny.to_dict().items() if key not in ("head_dim", *_OF_ONE_FOLDER)}
+    fields = {key: value for key, value in fields.items() if not key.endswith(("_eps", "_epsilon"))}
+    about = json.dumps([version("transformers"), version("torch"), fields], sort_keys=True, default=str)
+    return hashlib.sha256(code + about.encode()).hexdigest()[:32]
 
 
-def _kept(fingerprint: str, tiny: Any) -> Verdict:
+def _kept(name: str, tiny: Any) -> Verdict:
     """The verdict with this fingerprint: from the cache folder, or tried now and kept there where that can be written."""
-    path = cache_folder() / "families" / f"{fingerprint}.json"
+    path = cache_folder() / "families" / f"{name}.json"
     try:
         kept = read_json(path)
         return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
@@ -169,8 +196,8 @@ def _kept(fingerprint: str, tiny: Any) -> Verdict:
 def _tried(tiny: Any) -> Verdict:
     try:
         model = tiny_model(tiny)
-        ids = torch.randint(3, 97, (2, TOKENS), generator=torch.Generator().manual_seed(3))
-        with torch.no_grad(), _Wide():
+        ids = torch.randint(3, 97, (3, TOKENS), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad(), Wide():
             dense = model(ids).logits
             loss = CAUSAL_LM.loss(model, ids)
         targets = ids[:, 1:].flatten()
@@ -190,10 +217,10 @@ def _tried(tiny: Any) -> Verdict:
     return Verdict(tuple(admitted), refused)
 
 
-def _why_not(model: Any, axes: Sequence[Axis], kinds: Iterable[str], ids: Tensor, dense: Tensor) -> str:
+def _why_not(model: Any, axes: Sequence[Axis], kinds: Sequence[str], ids: Tensor, dense: Tensor) -> str:
     """Why axes of these kinds may not shrink; empty if they may."""
     for seed in SEEDS:
-        mask = _random_mask(axes, set(kinds), seed, ids)
+        mask = random_mask([axis for axis in axes if axis.kind in kinds], seed, ids)
         if not mask.kept:
             continue
         smaller, entering = copy.deepcopy(model), ids
@@ -201,12 +228,18 @@ def _why_not(model: Any, axes: Sequence[Axis], kinds: Iterable[str], ids: Tensor
         if not tokens.all():
             entering = tokens.cumsum(0)[ids] - 1
         try:
-            with torch.no_grad(), _Wide():
+            with torch.no_grad(), Wide():
                 with gated(model, axes, mask):
                     shut = model(ids).logits
                 left = num_left(model, axes, mask)
                 cut(smaller, axes, mask)
                 gap = float((smaller(entering).logits - shut[..., tokens]).abs().max())
+                again = _built(smaller.config)
+                if again is not None:
+                    again.load_state_dict(smaller.state_dict())
+                    logits = again(entering).logits
+                    if not torch.allclose(logits, smaller(entering).logits, rtol=ROUNDED, atol=ROUNDED):
+                        return "its stock class computes other logits with the smaller config"
         except Exception as error:  # as above
             return _first_line(error)
         if not gap <= GAP:
@@ -218,20 +251,18 @@ def _why_not(model: Any, axes: Sequence[Axis], kinds: Iterable[str], ids: Tensor
     return ""
 
 
-def _random_mask(axes: Sequence[Axis], kinds: set[str], seed: int, ids: Tensor) -> Mask:
-    """A mask that shuts about half of the units of each axis of these kinds, never all of one that has to stay, no token of `ids`."""
+def random_mask(axes: Sequence[Axis], seed: int, ids: Tensor | None = None) -> Mask:
+    """A mask that shuts about half of the units of each axis, never all of one that has to stay, and no token of `ids`."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for axis in axes:
-        if axis.kind not in kinds or axis.size <= axis.least:
-            continue
         if axis.may_be_empty:
             kept[axis.name] = torch.rand(1, generator=generator) < 0.5
-            continue
-        number = max(1, axis.size // 2)
-        order = torch.rand(axis.groups, axis.size, generator=generator).argsort(dim=1)
-        kept[axis.name] = (order < number).flatten()
-        if axis.kind == "vocabulary":
+        elif axis.size > 1:
+            number = max(1, axis.size // 2)
+            order = torch.rand(axis.groups, axis.size, generator=generator).argsort(dim=1)
+            kept[axis.name] = (order < number).flatten()
+        if axis.kind == "vocabulary" and ids is not None:
             kept[axis.name][[*ids.flatten().tolist(), 0, 1, 2]] = True
     return Mask(kept)
 

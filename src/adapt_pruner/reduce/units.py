@@ -60,6 +60,8 @@ class Units(Reduction):
         missing = [kind for kind in recipe.axes if kind not in kinds and (kind not in whole or not kinds & set(recipe.axes))]
         if missing:
             raise UsageError(f"axes names {', '.join(missing)}, which this model does not have; leave that out of axes")
+        if "layers" in whole and "layers" in recipe.axes:
+            raise UsageError(f"whole layers of this model stay ({whole['layers']}); leave layers out of axes")
         if _is_periodic(work) and set(WHOLE) & set(recipe.axes) != {"layers"}:
             raise UsageError(
                 f"chooser {recipe.chooser} keeps the pattern of whole layers, and axes is {', '.join(recipe.axes)}; name layers in axes and leave "

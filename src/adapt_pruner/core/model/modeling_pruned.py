@@ -148,14 +148,30 @@ def layer_config(config, index):
     return config.per_layer_config[index] if config.is_heterogeneous else config
 
 
+NORMS = (  # of a layer: those before and after its attention, those before and after its MLP
+    (("input_layernorm",), (), ("post_attention_layernorm",), ()),
+    (("attention_layernorm",), (), ("feedforward_layernorm",), ()),
+    (("operator_norm",), (), ("ffn_norm",), ()),
+    (("input_layernorm",), (), ("pre_feedforward_layernorm",), ()),
+    (("input_layernorm",), (), ("pre_ff_layernorm",), ()),
+    (("input_layernorm",), ("post_attention_layernorm",), ("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)),
+    (("input_layernorm",), ("post_attention_layernorm",), ("pre_mlp_layernorm",), ("post_mlp_layernorm",)),
+    (("input_layernorm",), ("post_self_attn_layernorm",), ("post_attention_layernorm",), ("post_mlp_layernorm",)),
+    (("input_layernorm",), ("post_norm1",), ("post_attention_layernorm",), ("post_norm2",)),
+    (("operator_norm",), ("post_operator_norm",), ("ffn_norm",), ("post_ffn_norm",)),
+    ((), ("post_attention_layernorm",), (), ("post_feedforward_layernorm",)),
+)
+MLPS = ("mlp", "feed_forward")
+OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")
+
+
 def _blocks(layer):
     """What a `skip` of the config names -> the block of a layer, and the norms that go with it."""
-    if hasattr(layer, "pre_feedforward_layernorm"):  # as Gemma's layers have it: two norms for each block
-        return {
-            "attention": ("self_attn", "input_layernorm", "post_attention_layernorm"),
-            "mlp": ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-        }
-    return {"attention": ("self_attn", "input_layernorm"), "mlp": ("mlp", "post_attention_layernorm")}
+    every = {norm for norms in NORMS for names in norms for norm in names}
+    names = {name for name, _ in layer.named_children()}
+    norms = next((norms for norms in NORMS if names & every == set().union(*norms)), ((), (), (), ()))
+    mlp = next((name for name in MLPS if name in names), "mlp")
+    return {"attention": ("self_attn", *norms[0], *norms[1]), "mlp": (mlp, *norms[2], *norms[3])}
 
 
 class _Pruned(_WithoutLayers):
@@ -165,13 +181,13 @@ class _Pruned(_WithoutLayers):
         for index in range(config.num_hidden_layers):
             own = layer_config(config, index)
             layer = layer_class(own, index)
-            layer.self_attn.config = config  # so that a later choice of the attention kernel reaches every layer
-            if config.is_heterogeneous:
-                sizes = {name: getattr(own, name) for name in config.per_layer_attributes}
-                layer.self_attn.config = _OwnConfig(config, **sizes)
+            attention = getattr(layer, "self_attn", None)
+            if attention is not None:
+                attention.config = config  # so that a later choice of the attention kernel reaches every layer
+                if config.is_heterogeneous:
+                    attention.config = _OwnConfig(config, **{name: getattr(own, name) for name in config.per_layer_attributes})
             if getattr(config, "output_bias", False):
-                layer.self_attn.o_proj = _with_bias(layer.self_attn.o_proj)
-                layer.mlp.down_proj = _with_bias(layer.mlp.down_proj)
+                _add_output_biases(layer)
             if getattr(config, "block_sums", 0):
                 add_block_sums(layer, config.block_sums)
             for block, *norms in (_blocks(layer)[name] for name in getattr(own, "skip", ())):
@@ -182,8 +198,11 @@ class _Pruned(_WithoutLayers):
         self.post_init()
 
 
-def _with_bias(linear):
-    return nn.Linear(linear.in_features, linear.out_features, dtype=linear.weight.dtype, device=linear.weight.device)
+def _add_output_biases(layer):
+    for block in (getattr(layer, name) for name, *_ in _blocks(layer).values() if hasattr(layer, name)):
+        for name, linear in [(name, child) for name, child in block.named_children() if name in OUTPUTS]:
+            where = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+            setattr(block, name, nn.Linear(linear.in_features, linear.out_features, **where))
 
 
 class _PrunedForCausalLM(_WithoutLayers):

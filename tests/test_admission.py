@@ -1,0 +1,145 @@
+"""Model types that no family file names: the law admits the kinds of axes that hold, and the results load and save like all others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
+
+import adapt_pruner as ap
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.save import can_save_unequal_layers
+from adapt_pruner.core.model.axes import Axis
+from adapt_pruner.core.model.cut import cut, gated
+from adapt_pruner.core.model.task import CAUSAL_LM
+from adapt_pruner.errors import UsageError
+from adapt_pruner.families import admission, convention
+from conftest import VOCAB
+
+INSIDE = ("neurons", "kv_heads", "query_heads", "attentions", "mlps")
+WHOLE = ("residual", "vocabulary", "layers")
+ADMITTED = {
+    "granite": {*INSIDE, *WHOLE},  # multipliers of embeddings, blocks, logits
+    "glm4": {*INSIDE, *WHOLE},  # four norms, gate and up in one matrix
+    "cohere2": {*INSIDE, "vocabulary", "layers"},  # both blocks read one norm, which subtracts a mean
+    "olmo2": {"neurons", "attentions", "mlps", "vocabulary", "layers"},  # norms over all heads; blocks read the stream itself
+    "gpt_oss": {"kv_heads", "query_heads", "attentions", "vocabulary", "layers"},  # sinks; experts that give two outputs
+    "qwen3_5_text": {*INSIDE, "vocabulary"},  # linear attention stays; queries come with gates
+    "helium": {"neurons", "attentions", "mlps", "vocabulary", "layers"},  # its constructor derives the size of heads
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path_factory.getbasetemp() / "admission"))
+
+
+@pytest.mark.parametrize("kind", ADMITTED)
+def test_the_law_admits_the_axes_that_hold(kind: str) -> None:
+    verdict = admission.verdict_of(AutoConfig.for_model(kind))
+    assert set(verdict.admitted) == ADMITTED[kind], verdict.refused
+    assert verdict.refused.keys() == {*INSIDE, *WHOLE} - ADMITTED[kind]
+
+
+def test_a_wrong_declaration_is_not_admitted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sink that stays when its head goes; a norm that stays when its block goes; a bias that is forgotten."""
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path))
+    monkeypatch.setattr(admission, "_VERDICTS", {})
+    monkeypatch.setattr(convention, "_of_query_heads", lambda attention: convention._linear(attention, "q_proj"))
+    assert "kv_heads" in admission.verdict_of(AutoConfig.for_model("gpt_oss")).refused
+    monkeypatch.setattr(convention, "_parameters", lambda model, linear: [f"{linear}.weight"])
+    starcoder = admission.verdict_of(AutoConfig.for_model("starcoder2")).refused
+    assert "neurons" in starcoder, starcoder
+
+
+def test_a_verdict_is_the_same_after_a_cut_and_is_kept_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = admission.verdict_of(AutoConfig.for_model("granite"))
+
+    def never(tiny: Any) -> Any:
+        raise AssertionError("found on disk")
+
+    monkeypatch.setattr(admission, "_VERDICTS", {})
+    monkeypatch.setattr(admission, "_tried", never)
+    model = _model("granite")
+    axes = families.axes(model)
+    assert {axis.kind for axis in axes} == set(first.admitted)
+    cut(model, axes, admission.random_mask([axis for axis in axes if axis.kind in ("neurons", "kv_heads", "residual")], seed=3))
+    assert admission.verdict_of(model.config) == first
+
+
+def _model(kind: str) -> Any:
+    config = admission.shrunk(AutoConfig.for_model(kind))
+    config.vocab_size = VOCAB
+    return admission.tiny_model(config).float()
+
+
+@pytest.mark.parametrize("kind", ["granite", "cohere2"])
+def test_losses_go_through_what_a_family_does_to_logits(kind: str) -> None:
+    model = _model(kind)
+    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        assert float(CAUSAL_LM.loss(model, ids)) == pytest.approx(
+            float(cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum")), 1e-5
+        )
+
+
+def test_pruned_with_unequal_layers_saved_loaded_and_asked(tmp_path: Path, tokenizer: Any) -> None:
+    """GLM-4's four norms and fused MLPs, a block gone: our generic class builds it, and it writes the same with and without a cache."""
+    model = _model("glm4")
+    assert can_save_unequal_layers(model)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    result = ap.prune(
+        model, tokenizer=tokenizer, params="70%", text=text, output=tmp_path / "out", calibration_samples=4, calibration_length=32,
+        progress=False, settings={"step": 1}, method="adapt-pruner",
+    )  # fmt: skip
+    loaded = load(str(tmp_path / "out")).model
+    assert result.figures["params_after"] == sum(parameter.numel() for parameter in loaded.parameters())
+    assert len({layer.mlp.down_proj.in_features for layer in loaded.model.layers}) > 1
+    ids = torch.tensor([[5, 9, 14, 7]])
+    written = [loaded.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*written)
+    mask, axes = result.mask, families.axes(model)
+    with torch.no_grad(), gated(model, axes, mask):
+        shut = model(ids).logits
+    assert torch.allclose(shut, loaded(ids).logits, atol=1e-3)
+
+
+def test_what_is_not_admitted_is_refused_in_one_sentence(tmp_path: Path, tokenizer: Any) -> None:
+    model = _model("olmo2")
+    with pytest.raises(UsageError, match="axes names kv_heads, which this model does not have"):
+        _prune(model, tokenizer, tmp_path / "heads", axes=["kv_heads"])
+    _prune(model, tokenizer, tmp_path / "both", axes=["neurons", "kv_heads"])
+    after = load(str(tmp_path / "both")).model.model.layers
+    assert all(layer.self_attn.q_proj.out_features == 48 for layer in after), "heads stay"
+    with pytest.raises(UsageError, match=r"model of type 'mamba' .*see docs/extending.md"):
+        families.axes(_bare("mamba"))
+
+
+def _bare(kind: str) -> Any:
+    model: Any = torch.nn.Module()
+    model.config = AutoConfig.for_model(kind)
+    return model
+
+
+def _prune(model: Any, tokenizer: Any, out: Path, *, axes: list[str]) -> None:
+    text = out.with_suffix(".txt")
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    ap.prune(
+        model, tokenizer=tokenizer, params="90%", text=text, output=out, calibration_samples=4, calibration_length=32, progress=False,
+        settings={"axes": axes, "step": 1},
+    )  # fmt: skip
+
+
+def test_an_axis_of_a_layer_with_experts_or_linear_attention_is_left_out() -> None:
+    kinds: dict[int, set[str]] = {}
+    axis: Axis
+    for axis in families.axes(_model("qwen3_5_text")):
+        if axis.layer is not None:
+            kinds.setdefault(axis.layer, set()).add(axis.kind)
+    assert kinds[0] == {"neurons", "mlps"}
+    assert kinds[3] == {*INSIDE}
