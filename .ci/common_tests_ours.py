@@ -11,7 +11,7 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.reduce.slice import slice_to

@@ -52,11 +52,15 @@ JOBS: dict[str, dict[str, str]] = {
         "fused": "prune --params 113.3M --method saap --set 'metric=saap.saap(stability=false)'",
         "vector": "prune --params 113.3M --method saap --set 'metric=saap.saap(terms=vector,stability=false)'",
         "element": "prune --params 113.3M --method saap --set 'metric=saap.saap(terms=element,stability=false)'",
+        "element, per parameter": "prune --params 113.3M --method saap --set 'metric=saap.saap(terms=element,stability=false)' "
+        "--set chooser=rank.per_parameter",
     },
     "gisp": {
         "llm-pruner": "prune --params 92M --method llm-pruner",
+        "adapt-pruner": "prune --params 92M --method adapt-pruner",
         "gisp": "prune --params 92M --method gisp --calibration-samples 16",
-        "gisp, one shot": "prune --params 92M --method gisp --set step=1",
+        "gisp, one shot on the same text": "prune --params 92M --method gisp --calibration-samples 16 --set step=1",
+        "gisp, one shot on four times the text": "prune --params 92M --method gisp --set step=1",
     },
     "search-20": _searched(20),
     "bypass": {
@@ -66,15 +70,18 @@ JOBS: dict[str, dict[str, str]] = {
         "learned": "prune --params 102.7M --method bypass --set 'reduce=policy_gradient(updates=200)'",
     },
     "evopress": {
-        "depth": "prune --params 92M --method shortgpt",
-        "evopress": "prune --params 92M --method evopress --calibration-samples 16 --set "
-        "'reduce=search(population=2,offspring=16,rounds=20,fitness=kl,finalists=2,tokens=1024)'",
+        "20 %": "prune --params 113.3M --method evopress",
+        "20 %, by block influence": "prune --params 113.3M --method shortgpt --set axes=[attentions,mlps]",
+        "40 %": "prune --params 92M --method evopress",
+        "40 %, by block influence": "prune --params 92M --method shortgpt --set axes=[attentions,mlps]",
+        "40 %, of a model cut before": "prune {narrower} --params 92M --method evopress",
+        "40 %, adaptive-ls-v1": "prune --params 92M --method adaptive-ls-v1",
     },
     "search-40": _searched(40),
     "efficientllm": {
         "between steps": "run --set method=efficientllm",
         "between steps, each": "run --set method=efficientllm --set reduce=between_steps",
-        "one shot, then trained": "run --set method=efficientllm --set reduce=units --set step=1",
+        "one shot, then trained": "run --set method=efficientllm-one-cut",
         "5 stages": "run --set method=efficientllm --set reduce=units --set step=1 --set stages=5",
         "trained, not pruned": "run --set method=efficientllm --set reduce=units --set budget=100%",
     },
@@ -95,16 +102,21 @@ def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
     told = folder / "figures.json"
     if told.exists():
         return dict(json.loads(told.read_text(encoding="utf-8")))
-    words = shlex.split(JOBS[group][job].format(cut=out / f"cut-{seed}", references=out / "references.json"))
+    words = shlex.split(
+        JOBS[group][job].format(cut=out / f"cut-{seed}", references=out / "references.json", narrower=out / f"narrower-{seed}")
+    )
     if "{cut}" in JOBS[group][job]:
         _cut(out, seed)
+    if "{narrower}" in JOBS[group][job]:
+        _narrower(out, seed)
     if "{references}" in JOBS[group][job]:
         _references(out / "references.json")
     if words[0] == "prune":
         if folder.exists():
             shutil.rmtree(folder)
         text = ["--calibration", CORPUS.format("web_c4", "train"), "--seed", seed]
-        run = json.loads(command("prune", MODEL, "-o", folder / "model", "--json", *text, *words[1:]))
+        model = words.pop(1) if not words[1].startswith("--") else MODEL
+        run = json.loads(command("prune", model, "-o", folder / "model", "--json", *text, *words[1:]))
     else:
         run = json.loads(command("run", "benchmarks/claims.yaml", "-o", folder, "--json", "--set", f"seed={seed}", *words[1:]))
     texts = TEXTS if words[0] == "prune" else TEXTS | {name: CORPUS.format(name, "heldout") for name in DOMAINS}
@@ -141,6 +153,14 @@ def _cut(out: Path, seed: int) -> None:
             text = ["--calibration", CORPUS.format("web_c4", "train"), "--seed", seed, "--calibration-samples", 32]
             command("prune", model, "-o", folder, "--params", params, "--json", *text, *shlex.split(how))
         model = folder
+
+
+def _narrower(out: Path, seed: int) -> None:
+    """SmolLM2 cut and repaired by `adaptive-ls-v1` half of the way to 92 M, in OUT/narrower-SEED."""
+    folder = out / f"narrower-{seed}"
+    if not folder.exists():
+        text = ["--calibration", CORPUS.format("web_c4", "train"), "--seed", seed]
+        command("prune", MODEL, "-o", folder, "--params", "113.3M", "--method", "adaptive-ls-v1", "--json", *text)
 
 
 def _references(path: Path) -> None:

@@ -4,10 +4,13 @@
     python benchmarks/sparse.py --table [-o runs/sparse]
     python benchmarks/draws.py --samples 128 --length 512 --numbers 1 -o runs/draws-512
     python benchmarks/sparse.py --ids runs/draws-512/1.json --only 2:4 --draws 0 -o runs/sparse-512
+    python benchmarks/sparse.py --tune [SPEC] --draws 0 [--ids runs/draws-512/1.json] [-o runs/sparse]
 
 A line of figures.jsonl in the folder of `-o` is one model: a row, its options, a sparsity, a draw, what it took, and its perplexity on 40 windows
 of 512 tokens of WikiText-2's test text. A line that is there is not made again, so the command goes on where it was stopped. Models are
 removed once they are measured, unless `--keep` is given. Draw 0 is `calibration_c4_64x128.json`; `benchmarks/draws.py` makes 1 and 2.
+
+`--tune` measures rounds and steps of FISTAPruner at 2:4 on held-out C4, or on SPEC, but on no text of docs/results.md. Its lines go to tuned.jsonl.
 
 Beside the four solvers it has FISTAPruner from SparseGPT's result, without the correction within a decoder layer, and on the output of the sparse
 layers before, as SparseGPT reads it. Units removed to the same number of parameters that are not zero stand beside them. The line "forward pass" is
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from command import command, evaluated
+from texts import TUNED_ON, to_tune_on
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.model.precision import precision
@@ -49,6 +53,11 @@ SOLVERS = {
     "fistapruner, on sparse layers, from sparsegpt": ("--set", "solver=fista(reads=sparse, warm_start=sparsegpt)"),
 }
 
+TUNED = {
+    f"fistapruner, {rounds} x {steps}": ("--set", f"solver=fista(rounds={rounds}, steps={steps})")
+    for rounds, steps in ((3, 6), (5, 12), (8, 12), (12, 20))
+}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -63,7 +72,7 @@ class Line:
         """Of the command `prune`, but for the model, the text and the place."""
         method = self.name.partition(",")[0]
         option = "--params" if self.size.endswith("M") else "--sparsity"
-        return ["--method", method, option, self.size, *SOLVERS.get(self.name, ())]
+        return ["--method", method, option, self.size, *(SOLVERS | TUNED).get(self.name, ())]
 
 
 def lines(draws: list[int]) -> Iterator[Line]:
@@ -88,7 +97,7 @@ def forward(ids: Path) -> dict[str, float]:
     return {"seconds": time.perf_counter() - began, "peak_bytes": peak_rss_bytes()}
 
 
-def made(line: Line, *, ids: Path, text: Path, out: Path, keep: bool) -> dict[str, Any]:
+def made(line: Line, *, ids: Path, text: str, out: Path, keep: bool) -> dict[str, Any]:
     """Make a model and measure it; its figures."""
     if line.name == FORWARD:  # in a process of its own, since the peak is the process's
         child = subprocess.run([sys.executable, __file__, "--forward", ids], stdout=subprocess.PIPE, check=True)
@@ -102,7 +111,7 @@ def made(line: Line, *, ids: Path, text: Path, out: Path, keep: bool) -> dict[st
     took = json.loads((place / "pruning.json").read_text())["figures"]
     if not line.size.endswith("M"):
         command("verify", place)
-    measured = evaluated(place, str(text))
+    measured = evaluated(place, text)
     if not keep:
         shutil.rmtree(place)
     told = {key: measured[key] for key in ("params", "nonzero", "perplexity")}
@@ -136,6 +145,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--ids", type=Path, help="draw 0, unless it is calibration_c4_64x128.json")
+    parser.add_argument("--tune", nargs="?", const=TUNED_ON, metavar="SPEC", help="measure settings of FISTAPruner on this text")
     parser.add_argument("--table", action="store_true", help="print the table of what is there")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/sparse"))
@@ -145,19 +155,21 @@ def main() -> None:
         print(json.dumps(forward(asked.forward)))
         return
     asked.output.mkdir(parents=True, exist_ok=True)
-    path = asked.output / "figures.jsonl"
+    text = str(asked.data / "wikitext2" / "test_public.txt") if asked.tune is None else to_tune_on(asked.tune)
+    path = asked.output / ("figures.jsonl" if asked.tune is None else "tuned.jsonl")
     there = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if asked.table:
         print("\n".join(table(there)))
         return
     done = {(line["name"], line["size"], line["draw"]) for line in there}
     wanted = [word for word in asked.only.split(",") if word]
-    for line in lines(asked.draws):
+    settings = (Line(name, "2:4", draw) for draw in asked.draws for name in TUNED)
+    for line in lines(asked.draws) if asked.tune is None else settings:
         if (line.name, line.size, line.draw) in done or not all(word in f"{line.name} {line.size}" for word in wanted):
             continue
         first = asked.ids or asked.data / "calibration_c4_64x128.json"
         ids = Path("runs/draws") / f"{line.draw}.json" if line.draw else first
-        figures = made(line, ids=ids, text=asked.data / "wikitext2" / "test_public.txt", out=asked.output, keep=asked.keep)
+        figures = made(line, ids=ids, text=text, out=asked.output, keep=asked.keep)
         with path.open("a") as file:
             file.write(json.dumps(figures) + "\n")
         print(f"{line.name}, {line.size}, draw {line.draw}: {figures.get('perplexity', figures['seconds']):.2f}")

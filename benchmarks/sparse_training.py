@@ -1,11 +1,12 @@
-"""Training a model that has zeros: AST beside static masks, and zeros beside removed units, on equal tokens. SmolLM2-135M-Instruct.
+"""Training a model that has zeros: AST's four arms, and zeros beside removed units, on equal tokens. SmolLM2-135M-Instruct.
 
     python benchmarks/sparse_training.py [--tokens 500k] [--seed 0] [-o runs/sparse_training]
     python benchmarks/sparse_training.py --tokens 200k --arms "units, trained" "zeros, trained" "units and zeros, trained"
 
-Arms without training are made by `prune`: static (Wanda's 2:4), zeros (SparseGPT's 2:4), units (`adaptive-ls-v1`), units and zeros (both ways); all four
-have about 81.1 M parameters that are not zero. The same arms "trained" learn from the dense model, and their masks stay. In AST the masks change as it
-trains; one arm adds SLoRB. Without `--arms` it runs those that AST is compared with.
+Masks of 2:4 come from magnitudes or from Wanda, and they stay (static) or are chosen anew as the model trains (moving). "magnitude moving" is the row
+`ast`; one arm adds SLoRB to it. Without `--arms` these arms are run, the static ones also untrained. Further arms without training: zeros (SparseGPT's
+2:4), units (`adaptive-ls-v1`), units and zeros (both ways). All have about 81.1 M parameters that are not zero. The same arms "trained" learn from the
+dense model, and their masks stay.
 
 Settings are those of benchmarks/sparse_training.yaml, the objective that of the row `ast`. A run that was stopped goes on, an arm that is done is
 skipped, and each writes OUT/ARM-TOKENS-SEED/figures.json: perplexity on 40 windows of 512 tokens of each text. 500k tokens take about 80 minutes of
@@ -31,7 +32,8 @@ TEXTS = {
 IDS = "../shared/data/calibration_c4_64x128.json"
 
 UNTRAINED = {  # the calls of `prune`, one after the other
-    "static": ["--method wanda --sparsity 2:4"],
+    "magnitude static": ["--method magnitude-sparse --sparsity 2:4"],
+    "wanda static": ["--method wanda --sparsity 2:4"],
     "zeros": ["--method sparsegpt --sparsity 2:4"],
     "units": ["--method adaptive-ls-v1 --params 81.4M --set calibration.self_generated=0"],
     "units and zeros": [
@@ -39,8 +41,13 @@ UNTRAINED = {  # the calls of `prune`, one after the other
         "--method sparsegpt --sparsity 37.5%",
     ],
 }
-AST = {"ast": [], "ast with SLoRB": ["--set", "reduce=sparse_training(slorb=16)", "--trust-remote-code"]}
+AST = {
+    "magnitude moving": [],
+    "wanda moving": ["--set", "reduce=sparse_training(scores=wanda)"],
+    "magnitude moving, SLoRB": ["--set", "reduce=sparse_training(slorb=16)", "--trust-remote-code"],
+}
 ARMS = [*UNTRAINED, *(f"{arm}, trained" for arm in UNTRAINED), *AST]
+FOUR = [arm for scores in ("magnitude", "wanda") for arm in (f"{scores} static", f"{scores} static, trained")]
 HELD = {"reduce": "units", "sparsity": "null", "budget": "100%", "training.teacher": MODEL}  # zeros stay zero, nothing is cut
 
 
@@ -56,7 +63,8 @@ def _pruned(arm: str, folder: Path, *, seed: int) -> dict[str, Any]:
     for number, words in enumerate(UNTRAINED[arm], 1):
         place = folder / ("model" if number == len(UNTRAINED[arm]) else f"model-{number}")
         if not place.exists():
-            command("prune", model, *words.split(), "--calibration-ids", IDS, "--seed", seed, "-o", place, "--json")
+            read = [] if "magnitude-sparse" in words else ["--calibration-ids", IDS]
+            command("prune", model, *words.split(), *read, "--seed", seed, "-o", place, "--json")
         run = json.loads((place / "pruning.json").read_text(encoding="utf-8"))["figures"]
         model, seconds = str(place), seconds + run["seconds"]
     return run | {"seconds": seconds}
@@ -68,7 +76,7 @@ def _job(arm: str, *, tokens: str, seed: int, out: Path) -> dict[str, Any]:
     told = folder / "figures.json"
     if told.exists():
         return dict(json.loads(told.read_text(encoding="utf-8")))
-    trusted = ["--trust-remote-code"] if arm == "ast with SLoRB" or "units" in arm else []
+    trusted = ["--trust-remote-code"] if "SLoRB" in arm or "units" in arm else []
     if arm in UNTRAINED:
         run = _pruned(arm, folder, seed=seed)
     else:
@@ -107,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="500k")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["static", "static, trained", *AST])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*FOUR, *AST])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/sparse_training"))
     asked = parser.parse_args()
     for arm in asked.arms:

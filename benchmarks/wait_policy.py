@@ -28,8 +28,9 @@ MEASURE = """
 import json, sys
 from adapt_pruner.recipe import read
 from adapt_pruner.run.probe import probed
-machine, _, _ = probed(read({"model": sys.argv[1], "budget": "90%"}), listen=lambda event: None)
-print(json.dumps([machine.read, machine.scored, machine.trained, machine.words]))
+from adapt_pruner.run.shrink import tokens_a_second
+speed, work = probed(read({"model": sys.argv[1], "budget": "90%"}), listen=lambda event: None)
+print(json.dumps([*(tokens_a_second(speed, work, phase) for phase in ("read", "score", "train")), speed.words]))
 """
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # as for commands
 os.environ["ADAPT_PRUNER_CACHE"] = tempfile.mkdtemp(prefix="adapt-pruner-")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
 if "PYTEST_XDIST_WORKER" in os.environ:  # of commands, too: workers with two threads each wait for one another

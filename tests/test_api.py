@@ -24,13 +24,12 @@ from transformers.utils import logging
 
 import adapt_pruner as ap
 from adapt_pruner import cli
-from adapt_pruner.api import pruning
 from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.report import notebook
+from adapt_pruner.report import screen as notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call
 from test_compare import pruned_here
@@ -69,19 +68,36 @@ def test_prune_does_what_the_command_does(
     assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
     again = ap.prune(same.recipe, tmp_path / "again")
     assert (again.mask, again.figures["params_after"]) == (same.mask, same.figures["params_after"])
+    (tmp_path / "recipe.yaml").write_text(same.recipe.to_yaml())
+    assert call(monkeypatch, capsys, "prune", tmp_path / "recipe.yaml", "-o", tmp_path / "once more")[0] == 0
+    assert read_json(tmp_path / "once more" / "pruning.json")["recipe"] == recipe
+    status, _, err = call(monkeypatch, capsys, "prune", tmp_path / "recipe.yaml", "-o", tmp_path / "no", "--params", "70%")
+    assert (status, "params would be ignored, since a recipe sets everything itself" in err) == (2, True)
 
 
 @pytest.mark.parametrize("name", ["prune", "shrink", "run", "evaluate", "compare", "export", "verify", "chat"])
 def test_arguments_and_defaults_are_those_of_the_command(name: str) -> None:
-    called = {"out": "output", "overrides": "settings", "models": "model", **({"calibration": "text"} if name == "prune" else {})}
-    screen_only = {"as_json", "dry_run", "against"}
-    command = next(one.callback for one in cli.app.registered_commands if one.callback and one.callback.__name__ == name)
-    options = {called.get(option, option): one.default for option, one in inspect.signature(command).parameters.items()}
+    command = next(each.callback for each in cli.app.registered_commands if each.callback and each.callback.__name__ == name)
+    options = {option.replace("models", "model"): each for option, each in inspect.signature(command).parameters.items()}
     taken = inspect.signature(getattr(ap, name)).parameters
-    assert options.keys() - screen_only <= taken.keys()
+    assert options.keys() - {"as_json", "dry_run", "against"} <= taken.keys()
     assert taken.keys() - options.keys() <= {"tokenizer", "progress", "listen"}
     for option in options.keys() & taken.keys() - {"output", "prompt"}:
-        assert taken[option].default == options[option], option
+        assert taken[option].default == options[option].default, option
+        typed = options[option].annotation.__metadata__[0]
+        assert typed.help[:1].isupper() or typed.help[:1] == "0", f"{option} has a line in --help"
+
+
+def test_an_option_is_held_to_the_bounds_of_its_argument(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The bounds of a signature are those of --help and of the parser, and a line of the docstring speaks of options there."""
+    status, _, err = call(monkeypatch, capsys, "verify", "model", "--window", 1)
+    assert (status, "--window" in err, "greater than or equal to 2" in err) == (2, True, True)
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = call(monkeypatch, capsys, "compare", "--help")[1]
+    assert "JSON files with input_ids instead of --calibration; each file is one draw. Can be repeated." in shown
+    assert "Sizes to prune to, such as 80%,60%, for methods" in shown
 
 
 def test_a_model_in_memory_is_pruned_and_left_as_it_is(tiny_folder: Path, text_file: Path, small: Any) -> None:
@@ -243,7 +259,7 @@ MODEL = object()  # stands for the folder
         (MODEL, {"params": 0.8}, "params 0.8 is a float; give a share"),
         (MODEL, {"params": True}, "params True is a bool; give a share"),
         (MODEL, {"params": "80%", "text": 3}, "text 3 is an int; give a file, a folder or another text as str or Path, a list of them"),
-        (MODEL, {"params": "80%", "text": [b"x"]}, "text b'x' is a bytes; give one text"),
+        (MODEL, {"params": "80%", "text": [b"x"]}, "text b'x' is a bytes; give a file, a folder or another text"),
         (MODEL, {"params": "80%", "text": []}, "the mixture names no text"),
         (MODEL, {"params": "80%", "text": "gone.txt"}, "gone.txt"),
         (MODEL, {"params": "80%", "latency": "0.7x"}, 'params="80%" and latency="0.7x" both say how far to prune'),
@@ -305,8 +321,13 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.chat(small, " "), "the prompt is empty; write a question or an instruction"),
         (lambda: ap.chat(small, 7), "prompt 7 is an int; give text"),
         (lambda: ap.chat(small, "Hi", max_new_tokens=0), "max_new_tokens 0 is too small"),
-        (lambda: ap.chat(small, "Hi", temperature="0.7"), "temperature '0.7' is a str; give 0 or a positive number"),
-        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is below 0"),
+        (lambda: ap.chat(small, "Hi", temperature="0.7"), "temperature '0.7' is a str; give a number from 0 to 100"),
+        (lambda: ap.chat(small, "Hi", temperature=-1), "temperature -1 is too small; give a number from 0 to 100"),
+        (lambda: ap.chat(small, "Hi", temperature=101), "temperature 101 is too large; give a number from 0 to 100"),
+        (
+            lambda: ap.compare(small, methods="random", params=["80%", 0.6], text=text_file),
+            'params 0.6 is a float; give sizes such as ["80%", "110M", 90_000_000]',
+        ),
         (lambda: ap.shrink(small, params="80%", minutes="an hour"), "minutes 'an hour' is a str; give a number"),
         (
             lambda: ap.compare(small, methods="uniform", params="80%", text=text_file, calibration_ids="gone.json"),
@@ -318,7 +339,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         ),
         (lambda: ap.shrink(small, params="80%"), 'give one of minutes=60, hours=1 and tokens="2M"'),
         (lambda: ap.run("nothing.yaml"), "recipe 'nothing.yaml' does not exist"),
-        (lambda: ap.run(7), "recipe 7 is an int; give a Recipe, a YAML file or a name"),
+        (lambda: ap.run(7), "recipe '7' does not exist; give a YAML file or a built-in one"),
         (lambda: ap.compare(small, methods="random", text=text_file), "compare needs sizes to compare at"),
         (lambda: ap.compare(small, methods=["x"], params="80%", text=text_file), "method 'x' is not known"),
     ):
@@ -357,7 +378,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError("pass --trust-remote-code if you trust it")
 
-    for home in ("run.start", "compare.models", "export.verify", "report.with_card", "api.measuring"):
+    for home in ("run.start", "compare.models", "export.verify", "report.with_card", "checkpoint.load"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),
@@ -389,7 +410,9 @@ def test_the_examples_of_the_python_page_run(
     (tmp_path / "held-out.txt").write_text("".join(lines[300:]))
     monkeypatch.chdir(tmp_path)
     quick = ["calibration.samples=2", "calibration.length=32", "calibration.self_generated=4", "step=0.3"]
-    monkeypatch.setattr(pruning, "to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick]))
+    monkeypatch.setattr(
+        "adapt_pruner.recipe.prune_recipe.to_prune", lambda asked, overrides: to_prune(asked, overrides=[*overrides, *quick])
+    )
     names: dict[str, Any] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # windows longer than the tiny model reads, padding that grows
@@ -417,13 +440,14 @@ def test_every_call_on_a_page_can_be_made(page: Path) -> None:
 
 
 def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> None:
-    before = logging.get_verbosity()
+    logging.set_verbosity_warning()
     logging.enable_progress_bar()
     with heard(None, progress=False) as tell:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         with pytest.warns(UserWarning, match="^window of 9 is long$"):
             tell(Warned(message="--window of 9 is long"))
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (before, True)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
+    logging.set_verbosity_error()
     heard_of: list[dict[str, Any]] = []
     with warnings.catch_warnings(), heard(heard_of.append, progress=False) as tell:
         warnings.simplefilter("error")
@@ -446,7 +470,7 @@ def test_a_notebook_shows_one_output_that_changes_and_keeps_its_lines(
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))  # type: ignore[arg-type]
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
-    monkeypatch.setattr(notebook, "_EVERY", 0.01)
+    monkeypatch.setattr(notebook, "_NOTEBOOK_EVERY", 0.01)
     ap.prune(tiny_folder, params="80%", text=text_file, progress=True, listen=lambda event: time.sleep(0.02), **QUICK)
     assert made == [True], "one output"
     assert "starting" in shown[0]["text/plain"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from adapt_pruner.api.benching import bench
 from adapt_pruner.compare import turns
 from adapt_pruner.compare.ideal import Weights, ideal_speed_up, of_gguf
 from adapt_pruner.core.system import memory
@@ -136,7 +137,7 @@ def test_models_take_turns_and_a_speed_up_is_of_one_round(monkeypatch: pytest.Mo
         log.append(f"-{asked['model']}")
 
     monkeypatch.setattr(turns, "_opened", opened)
-    found = turns.bench("P", "D", batches=(1, 3), prompt=10, generate=4, rounds=3)
+    found = bench("P", against="D", batch="1,3", prompt=10, generate=4, rounds=3)
     assert log[:12] == ["+P", "-P", "+D", "-D"] * 2 + ["+P", "+D", "P1", "D1"], "the last of each to load is measured"
     assert log[10:-2] == ["P1", "D1"] * 4 + ["P3", "D3"] * 4, "one round to warm up, three that count"
     assert [(row["phase"], row["batch"]) for row in found["speeds"]] == [
@@ -221,7 +222,7 @@ def test_bench_from_end_to_end(ask: Any, tiny_folder: Path, tmp_path: Path, monk
         assert row["ideal"] == 1.0
         assert row["share"] == row["speed_up"]["median"]
         assert row["speed_up"]["low"] <= row["speed_up"]["median"] <= row["speed_up"]["high"]
-    monkeypatch.setattr(turns, "bench", lambda *_, **__: found)
+    monkeypatch.setattr("adapt_pruner.api.benching.bench", lambda *_, **__: found)
     status, out, said = ask("bench", tiny_folder, "--against", tiny_folder, "--batch", "1,2", *words)
     assert status == 0, said
     assert "of the ideal" in out
@@ -237,8 +238,8 @@ def test_bench_in_llama_cpp(quant: str, tmp_path: Path, monkeypatch: pytest.Monk
     loaded, dense = as_loaded(unequal()), as_loaded(tiny_model(vocab_size=290))
     for name, one in (("small", loaded), ("dense", dense)):
         save(one.model, one.tokenizer, tmp_path / name, mask=None, pruning={}, dtype=torch.float32)
-    how = {"engine": "llama.cpp", "batches": (1, 2), "prompt": 8, "generate": 3, "rounds": 2, "quant": quant}
-    found = turns.bench(str(tmp_path / "small"), str(tmp_path / "dense"), **how)
+    how = {"engine": "llama.cpp", "batch": "1,2", "prompt": 8, "generate": 3, "rounds": 2, "quant": quant}
+    found = bench(str(tmp_path / "small"), against=str(tmp_path / "dense"), **how)
     assert [model["stored"] for model in found["models"]] == [quant, quant]
     assert found["models"][0]["peak_bytes"] < 2 * 10**8, "the process holds no torch"
     assert found["speeds"][0]["ideal"] > 1

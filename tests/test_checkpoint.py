@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut
@@ -531,7 +531,7 @@ def test_the_current_folder_can_be_the_target(tmp_path: Path, monkeypatch: pytes
 
 
 def test_every_layout_has_a_pruned_class() -> None:
-    from adapt_pruner.checkpoint import modeling_pruned
+    from adapt_pruner.core.model import modeling_pruned
 
     for layout in LAYOUTS:
         stock = tiny_model(layout)
@@ -601,7 +601,7 @@ def test_the_modelling_file_says_which_transformers_it_needs(monkeypatch: pytest
     transformers = sys.modules["transformers"]  # which puts another module in its place as it is imported
     monkeypatch.setattr(transformers, "LlamaConfig", type("LlamaConfig", (), {}))
     monkeypatch.setattr(transformers, "__version__", "4.57.6")
-    spec = importlib.util.find_spec("adapt_pruner.checkpoint.modeling_pruned")
+    spec = importlib.util.find_spec("adapt_pruner.core.model.modeling_pruned")
     assert spec is not None
     assert spec.loader is not None
     with pytest.raises(ImportError, match=r"transformers 4.57.6 cannot do; it needs transformers >= 5.14: pip install"):

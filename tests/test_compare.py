@@ -1,7 +1,5 @@
 """Methods side by side: equal terms, nothing run twice, a failure that stops nothing, and a page with a picture that says it."""
 
-import contextlib
-import io
 import itertools
 import json
 import math
@@ -9,19 +7,20 @@ import re
 import shutil
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from adapt_pruner import cli
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.compare import comparison
 from adapt_pruner.data.tokens import in_other_tokens, text_bytes
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.evaluate.perplexity import perplexity
+from adapt_pruner.recipe import Recipe
+from adapt_pruner.report import with_card
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
 from test_cli import call, one_sentence
 from test_vocabulary import byte_level
@@ -44,39 +43,30 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return lambda *words: call(monkeypatch, capsys, *words)
 
 
-def prune_here(command: Sequence[str], path: Path) -> None:
-    """What a cell's own process does."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        cli.app(args=[*command, "-o", str(path), "--json"], standalone_mode=False)
-
-
 @pytest.fixture
-def pruned_here(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """Cells are pruned in this process and nothing is drawn, which takes seconds less; the commands that were given."""
-    asked: list[Sequence[str]] = []
+def pruned_here(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Cells are pruned in this process and nothing is drawn, which takes seconds less; the recipes of the cells."""
+    recipes: list[Recipe] = []
 
-    def here(command: Sequence[str], path: Path, *, listen: Any) -> None:
-        asked.append(command)
-        prune_here(command, path)
+    def here(recipe: Recipe, path: Path, **_: Any) -> None:
+        recipes.append(recipe)
+        with_card.prune(recipe, path)
 
     monkeypatch.setattr(comparison, "prune_apart", here)
     monkeypatch.setattr(comparison, "draw", lambda *_, **__: False)
-    return asked
+    return recipes
 
 
 @pytest.fixture
-def only_in_a_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Sequence[str]], bool]], list[bool]]:
-    """Let only the cells of these commands have a process of their own, and the others this one; whether each had."""
+def only_in_a_process(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Recipe], bool]], list[bool]]:
+    """Let only these cells have a process of their own, and the others this one; whether each had."""
 
-    def only(these: Callable[[Sequence[str]], bool]) -> list[bool]:
+    def only(these: Callable[[Recipe], bool]) -> list[bool]:
         had: list[bool] = []
 
-        def prune(command: Sequence[str], path: Path, *, listen: Any) -> None:
-            had.append(these(command))
-            if had[-1]:
-                PRUNE_APART(command, path, listen=listen)
-            else:
-                prune_here(command, path)
+        def prune(recipe: Recipe, path: Path, **options: Any) -> None:
+            had.append(these(recipe))
+            PRUNE_APART(recipe, path, **options) if had[-1] else with_card.prune(recipe, path)
 
         monkeypatch.setattr(comparison, "prune_apart", prune)
         return had
@@ -89,7 +79,7 @@ def test_all_are_measured_on_equal_terms(
 ) -> None:
     """Figures are those that `eval` and `prune` give of the same models, of which the first is pruned in a process of its own."""
     out = tmp_path / "out"
-    apart = only_in_a_process(lambda command: "magnitude-all" in command and command[command.index("--seed") + 1] == "0")
+    apart = only_in_a_process(lambda recipe: (recipe.method, recipe.seed) == ("magnitude-all", 0))
     status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 2, "--keep", "--json", params="80%"))
     assert status == 0, err
     assert apart == [True, False, False, False]
@@ -215,8 +205,8 @@ def test_each_file_of_ids_is_a_draw(
     given = [word for file in files for word in ("--calibration-ids", file)]
     status, said, err = ask(*words(tiny_folder, text_file, tmp_path / "out", *given, "--set", "step=0.2", methods="uniform"))
     assert status == 0, err
-    assert [command[command.index("--calibration-ids") + 1] for command in pruned_here] == list(map(str, files))
-    assert [command[command.index("--set") + 1] for command in pruned_here] == ["step=0.2"] * 3
+    assert [recipe.calibration.ids for recipe in pruned_here] == list(map(str, files))
+    assert [recipe.step for recipe in pruned_here] == [0.2] * 3
     result = read_json(tmp_path / "out" / "compare.json")
     found = [math.exp(cell["nll"][str(text_file)]) for cell in result["cells"]]
     row = result["rows"][1]["texts"][str(text_file)]
@@ -234,9 +224,9 @@ def test_samples_and_length_are_options_here_too(
 ) -> None:
     given = ["--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--draws", 1]
     assert ask(*words(tiny_folder, text_file, tmp_path / "out", *given, methods="uniform"))[0] == 0
-    (command,) = pruned_here
-    assert {"calibration.samples=4", "calibration.length=16"} <= set(command)
-    assert "evaluation.prompts=[]" in command, "nothing is answered that nobody sees"
+    (recipe,) = pruned_here
+    assert (recipe.calibration.samples, recipe.calibration.length) == (4, 16)
+    assert recipe.evaluation.prompts == [], "nothing is answered that nobody sees"
     status, _, err = ask(
         *words(
             tiny_folder, text_file, tmp_path / "ids", "--calibration-ids", "x.json", "--calibration-samples", 4, methods="uniform"
@@ -254,7 +244,7 @@ def test_a_failure_is_a_row_and_the_others_go_on(
     tmp_path: Path,
 ) -> None:
     """A size that nothing can reach, in a real process: its own sentence is the reason."""
-    apart = only_in_a_process(lambda command: "20000" in command)
+    apart = only_in_a_process(lambda recipe: recipe.budget == "20000")
     status, said, err = ask(
         *words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="20k,80%")
     )
@@ -278,14 +268,16 @@ def test_what_a_method_adds_is_not_free(
 ) -> None:
     """A checkpoint above the size is no result, whatever its pruning said of it."""
 
-    def whole(command: Sequence[str], path: Path, *, listen: Any) -> None:
-        given = list(command)
-        given[given.index("--params") + 1] = "100%"
-        with contextlib.redirect_stdout(io.StringIO()):
-            cli.app(args=[*given, "-o", str(path), "--json"], standalone_mode=False)
+    def whole(recipe: Recipe, path: Path, *, listen: Any, trust_remote_code: bool) -> None:
+        assert trust_remote_code
+        with_card.prune(recipe.model_copy(update={"budget": "100%"}), path)
 
     monkeypatch.setattr(comparison, "prune_apart", whole)
-    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1, methods="magnitude-all", params="90%"))
+    status, _, err = ask(
+        *words(
+            tiny_folder, text_file, tmp_path / "out", "--draws", 1, "--trust-remote-code", methods="magnitude-all", params="90%"
+        )
+    )
     assert status == 1
     assert "more than asked for" in err
 
@@ -368,7 +360,7 @@ def test_a_loss_beyond_numbers_stops_nothing(
 
 
 def test_methods_that_make_zeros_have_a_table_of_their_own(
-    ask: Ask, pruned_here: list[Sequence[str]], tiny_folder: Path, text_file: Path, tmp_path: Path
+    ask: Ask, pruned_here: list[Recipe], tiny_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     command = words(
@@ -377,8 +369,7 @@ def test_methods_that_make_zeros_have_a_table_of_their_own(
     )  # fmt: skip
     status, said, err = ask(*command)
     assert status == 0, err
-    options = [[word for word in command if word.startswith(("--params", "--sparsity"))] for command in pruned_here]
-    assert options == [["--params"], *[["--sparsity"]] * 4]
+    assert [(bool(recipe.budget), bool(recipe.sparsity)) for recipe in pruned_here] == [(True, False), *[(False, True)] * 4]
     result = read_json(out / "compare.json")
     assert [(row["method"], row["sparsity"]) for row in result["rows"]] == [("dense", None), ("random", None)]
     sparse = result["sparse_rows"]

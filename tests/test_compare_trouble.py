@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from adapt_pruner.compare import comparison
 from adapt_pruner.compare.cells import prune_apart
 from adapt_pruner.core.system import files
+from adapt_pruner.recipe import Recipe
 from conftest import HANGS, byte_tokenizer, read_json
 from test_cli import one_sentence
 from test_compare import COMMAND, Ask, ask, pruned_here, words
@@ -32,10 +32,10 @@ def test_an_interrupt_keeps_what_is_finished(
     out = tmp_path / "out"
     here = comparison.prune_apart
 
-    def interrupted(command: Sequence[str], path: Path, *, listen: Any) -> None:
+    def interrupted(recipe: Recipe, path: Path, **options: Any) -> None:
         if len(pruned_here) == 1:
             raise KeyboardInterrupt
-        here(command, path, listen=listen)
+        here(recipe, path, **options)
 
     monkeypatch.setattr(comparison, "prune_apart", interrupted)
     status, said, err = ask(*words(tiny_folder, text_file, out, "--draws", 2))
@@ -94,7 +94,8 @@ def test_ctrl_c_while_the_process_is_made_leaves_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(subprocess, "Popen", slow)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        prune_apart(["prune", "nothing", "--params", "1M"], tmp_path / "out", listen=lambda _: None)
+        prune_apart(Recipe(model="nothing", budget="1M"), tmp_path / "out", listen=lambda _: None, trust_remote_code=True)
+    assert "--trust-remote-code" in made[0].args
     assert made[0].returncode == -signal.SIGTERM
     assert signal.getsignal(signal.SIGINT) is before
 

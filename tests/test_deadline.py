@@ -265,9 +265,11 @@ def test_a_deadline_is_not_for_reductions_that_train(method: str, recipe: Recipe
     assert str(refused.value).endswith("leave minutes out and set training.tokens (with shrink: --tokens)")
 
 
-@pytest.mark.parametrize("method", ["self-pruner", "evopress", "bypass"])
+@pytest.mark.parametrize("method", ["self-pruner", "evopress", "bypass", "grasprune", "ddp"])
 def test_a_deadline_is_not_for_searches(method: str, recipe: Recipe) -> None:
-    with pytest.raises(UsageError, match="minutes 5 cannot end reduce .*, which takes the time that it needs; leave minutes out"):
+    with pytest.raises(
+        UsageError, match="minutes 5 cannot end a run whose reduce .* takes the time that it needs; leave minutes out"
+    ):
         read({"method": method, "model": recipe.model, "minutes": 5, "budget": "70%"})
 
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import nn
 
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.export.configuration_decilm import DeciLMConfig
 from conftest import LAYOUTS, tiny_model
 

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
-from adapt_pruner.checkpoint.modeling_pruned import PrunedPhi3ForCausalLM
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.modeling_pruned import PrunedPhi3ForCausalLM
 from adapt_pruner.export import export
 from conftest import VOCAB, byte_tokenizer, tiny_model
 from test_law import gap, ids, random_mask, wide_norms

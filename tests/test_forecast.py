@@ -354,7 +354,7 @@ def test_a_reduction_that_trains_needs_memory_for_the_model_as_it_begins() -> No
 
 def test_held_out_text_is_read_at_the_start_too(tiny_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the cuts as well; and the whole of it if nobody limits the windows."""
-    monkeypatch.setattr(forecast, "_probe", lambda *_, **__: PAPER["cpu"])
+    monkeypatch.setattr(forecast, "scoring_speed", lambda work: PAPER["cpu"])
 
     def at_start(max_windows: int | None) -> float:
         evaluation = {"source": str(text_file), "window": 32, "max_windows": max_windows}

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import pytest
 import torch
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import hard_concrete
 from adapt_pruner.reduce.hard_concrete import HardConcrete, expected_open, fold, sampled, settled
 from adapt_pruner.report.with_card import prune, run
+from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.work import Work
 from conftest import LAYOUTS, as_dicts, assert_refused, assert_same_model, break_off, log_of, read_json, tiny_model
 
@@ -107,6 +110,42 @@ def test_the_shape_is_reached_and_plain(tiny_folder: Path, text_file: Path, tmp_
         assert max(one[name] for one in rounds[-3:]) < rounds[0][name]
     assert len(log_of(tmp_path / "run", "cut")) == 1
     assert len(log_of(tmp_path / "run", "step")) > 120, "the rest of the tokens trains the small model"
+
+
+def test_masks_that_end_far_from_their_target_are_told_of(whole: tuple[Path, Any], tiny_folder: Path) -> None:
+    """16 steps are too few; the figures are those of the last report."""
+    last = log_of(whole[0], "masks_learnt")[-1]["sizes"]
+    (told,) = [line["message"] for line in log_of(whole[0], "warning") if "the masks close another share" in line["message"]]
+    assert told.startswith("stage 1: after 16 steps ")
+    left, dense = families.sizes(whole[1].loaded.model), families.sizes(load(str(tiny_folder)).model)
+    named = dict(re.findall(r"(\w+) (\d\.\d\d for \d\.\d\d)", told))
+    assert named
+    for kind in ("residual", "kv_heads", "neurons", "layers"):
+        sizes = [name for name in dense if name.rpartition(".")[2] == kind]
+        expected = 1 - sum(last[name] for name in sizes) / sum(dense[name] for name in sizes)
+        cut = 1 - left[sizes[0]] / dense[sizes[0]]
+        assert (kind in named) is (abs(expected - cut) > 0.02), kind
+        assert named.get(kind, f"{expected:.2f} for {cut:.2f}") == f"{expected:.2f} for {cut:.2f}"
+
+
+def test_masks_that_end_at_their_target_are_not_told_of(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Also: they are learnt in `steps` steps, however long the training is."""
+    recipe = recipe_of(tiny_folder, text_file, reduce="hard_concrete(neurons=30)", budget="95%")
+    work = begin(recipe, lambda event: None)
+    prepare(work)
+    assert work.span(0.5, first=0, steps=8).steps_left(0) == 8
+    assert work.span(0.5, first=0, steps=400).steps_left(0) == 16
+    how = work.reduction
+    assert isinstance(how, HardConcrete)
+    how._held = {"neurons": torch.full((3, 40), 9.0)}
+    how._held["neurons"][:, :10] = -9.0
+    heard: list[str] = []
+    work.warn_of_stage = heard.append  # type: ignore[method-assign]
+    how._warn_if_off(work, {"neurons": 0.25}, steps=8)
+    assert heard == []
+    how._warn_if_off(work, {"neurons": 0.28}, steps=8)
+    assert len(heard) == 1
+    assert "neurons 0.25 for 0.28" in heard[0]
 
 
 def test_a_shape_is_found_for_a_budget(whole: tuple[Path, Any]) -> None:

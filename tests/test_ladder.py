@@ -45,6 +45,8 @@ def test_every_job_of_every_plan_has_a_recipe(modules: Any, ladder: Any) -> None
         shape = ladder.folder / rung / "tokenizer"
         shape.mkdir(parents=True)
         (shape / "config.json").write_text("{}")
+        if "like" in ladder.table["rungs"][rung]:
+            assert ladder.home(rung) == ladder.folder / ladder.table["rungs"][rung]["like"]
         (ladder.folder / rung / "scratch").mkdir()
         (ladder.folder / rung / "scratch" / "config.json").write_text("{}")
     for plan in ladder.table["plans"]:
@@ -61,6 +63,9 @@ def test_every_job_of_every_plan_has_a_recipe(modules: Any, ladder: Any) -> None
     assert ladder.recipe(jobs.Job("S", 0, "c20", 4, 0), Path("base")).moments == "reset"
     assert ladder.recipe(jobs.Job("S", 0, "u5", 4, 0), Path("base")).chooser == "allocate.uniform"
     assert ladder.recipe(jobs.Job("S", 0, "b", 1, 0, 5e-4), Path("base")).training.lr == 5e-4
+    assert ladder.recipe(jobs.Job("X75", 1, "h20", 4, 0), Path("base")).training.shards == "last=0.8"
+    transfer = ladder.recipe(jobs.Job("X75", 1, "t20", 4, 0), Path("base"))
+    assert (transfer.stages, transfer.reduce) == (1, f'masks(run="{ladder.folder}/masks/X75-1-d20-4-0")')
     arms = {arm for plan in ladder.table["plans"] for job in ladder.jobs(plan) for arm in [job.arm]}
     assert arms == set(ladder.table["arms"])
     assert {arm for claim in ladder.table["claims"] for arm in [*claim["better"], *claim["than"]]} <= arms
@@ -102,6 +107,67 @@ def test_jobs_are_done_once_and_reported(modules: Any, ladder: Any, monkeypatch:
     assert "4 of 5 jobs of the plan `test` are done" in said
     assert "Interleaving in 5 stages beats one cut" in (tmp_path / "report" / "ladder.md").read_text()
     assert "<svg" in (tmp_path / "report" / "ladder.html").read_text()
+
+
+def test_the_plan_of_interleaving_says_something_by_every_tenth(modules: Any, ladder: Any) -> None:
+    """One cut beside five stages with most tokens last, on a base, by a tenth; on all five by a fourth; rungs S as rungs X."""
+    _, _, _ = modules
+    x, s = ladder.jobs("interleaving-x"), ladder.jobs("interleaving-s")
+    assert [(job.rung.replace("S", "X"), job.arm, job.base, job.at, job.lr) for job in s] == [
+        (job.rung, job.arm, job.base, job.at, job.lr) for job in x
+    ]
+    bases = [
+        {job.base for job in x[:count] if job.rung == "X75" and job.arm == "h5" and job.lr is None}
+        for count in (len(x) // 10, len(x) // 4)
+    ]
+    assert (len(bases[0]) >= 1, bases[1]) == (True, {0, 1, 2, 3, 4})
+    for plan in (x, s):
+        for place, job in enumerate(plan):
+            source = ladder.source(job)
+            assert source is None or source in plan[:place], "the units are there before they are taken"
+
+
+def test_units_of_another_arm_are_taken_and_a_rate_is_not_tried_twice(
+    modules: Any, ladder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, reporting, script = modules
+    ladder.table["arms"] |= {
+        "d20": {"says": "two stages", "lr": "d20", "tried_at": 0.5, "stages": 2},
+        "t20": {"says": "their units", "lr": 1e-3, "units_of": "d20"},
+    }
+    ladder.table["rungs"]["T75"] = {**ladder.table["rungs"]["T"], "like": "T", "target": "7.2k"}
+    ladder.table["learning_rates"] |= {"tried": [1e-3]}
+    transfer = jobs.Job("T75", 0, "t20", 0.5, 0)
+    assert not script._tried(ladder, transfer, [transfer]), "it waits for the units"
+    todo = [*ladder.sweep("T75", "d20"), jobs.Job("T75", 0, "d20", 0.5, 0), transfer]
+    runs, run = [], jobs.loop.run
+    monkeypatch.setattr(jobs.loop, "run", lambda recipe, folder: runs.append(folder.name) or run(recipe, folder))
+    script.work(ladder, todo)
+    assert [name for name in runs if name != "base-0"] == [todo[0].name, transfer.name], "the sweep has this job"
+    results = [ladder.result(job) for job in todo]
+    swept, staged, at_once = results
+    assert (staged["loss"], staged["lr"], staged["swept"]) == (swept["loss"], 1e-3, False)
+    assert at_once["params"] == staged["params"] <= 7_200
+    assert at_once["loss"] != staged["loss"]
+    assert (ladder.folder / "T" / "base-0" / "model").exists()
+    assert not (ladder.folder / "T75" / "base-0").exists(), "it has the bases of T"
+    # Two stages have a larger model for a third of the tokens: more work.
+    assert at_once["parameter_tokens"] == at_once["params"] * at_once["tokens"]
+    assert 1.0 < staged["parameter_tokens"] / at_once["parameter_tokens"] < 1.1
+    assert reporting.judged(results, ladder.table)["Twenty stages beat one cut to their units", "T75", 0.5].pairs == 1
+
+
+def test_arms_are_compared_at_equal_work(modules: Any) -> None:
+    """By hand: one cut has 5.0 at work 100 and 4.0 at 400; an arm with work 200 stands beside 4.5, halfway in log work."""
+    _, reporting, _ = modules
+    table = yaml.safe_load((FOLDER / "ladder.yaml").read_text(encoding="utf-8"))
+    results = [
+        {**result, "parameter_tokens": work, "base": base}
+        for arm, at, work, loss in (("b", 1, 100, 5.0), ("b", 4, 400, 4.0), ("h5", 1, 200, 4.7))
+        for base in (0, 1) for result in results_of({arm: [loss]}, at=at)
+    ]  # fmt: skip
+    (row,) = reporting.tables(results, table)["work"][2:]
+    assert row == f"| S | h5, {table['arms']['h5']['says']} | 1 | 2.00 | 2 | -0.3000 | +0.2000 | +0.2000 to +0.2000 |"
 
 
 def test_what_was_made_otherwise_is_not_taken_for_ours(modules: Any, ladder: Any) -> None:

@@ -18,12 +18,14 @@ from adapt_pruner.run.start import begin, prepare
 from conftest import VOCAB, byte_tokenizer, suited, tiny_model
 
 SHORTER = {
+    "grasprune": {"reduce": "greedy_gates(updates=4, scale_updates=4)"},
+    "ddp": {"reduce": "free_gates(updates=8)"},
     "bypass": {"reduce": "policy_gradient(updates=20)"},
     "self-pruner": {"reduce": "search(rounds=2)"},
     "ast": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},
     "sheared": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32, "max_rise": 20}},
     "efficientllm": {"training": {"source": "TEXT", "tokens": 1024, "batch_tokens": 128, "length": 32}},
-    "evopress": {"reduce": "search(population=2, offspring=8, rounds=2, fitness=kl, finalists=2)"},
+    "evopress": {"reduce": "search(proposals=mutation, starts=8, population=1, offspring=8, rounds=2, fitness=kl, redraw=true)"},
 }
 """Of rows that search for long."""
 
@@ -141,21 +143,10 @@ def test_minitron_leaves_as_many_kv_groups_as_there_were(deep_folder: Path, text
 
 
 @pytest.mark.parametrize(("control", "of"), [("first-layer-whole", "adapt-pruner"), ("first-layer-whole-ls", "adaptive-ls-v1")])
-def test_the_control_of_shares_differs_in_shares_alone(
-    control: str, of: str, deep_folder: Path, text_file: Path, tmp_path: Path
-) -> None:
+def test_the_control_of_shares_differs_in_shares_alone(control: str, of: str) -> None:
     """Same metric, heads, steps, repair and text; only its first layer stays whole, and the others stay alike."""
     row, other = read({"method": control}), read({"method": of})
     about = {"about", "paper", "method"}
     assert set(differing(row, other)) - about - {"amplitude"} == {"chooser", "distance"}
-    waits = "heads_after=0.5" if "heads_after" in other.chooser else ""
-    assert row.chooser == f"allocate.uniform(first=1{', ' * bool(waits)}{waits})"
-    calibration = {"source": str(text_file), "samples": 4, "length": 32}
-    if row.repair is not None:
-        calibration["self_generated"] = 4
-    asked = {"model": str(deep_folder), "budget": "60%", "method": control, "dtype": "float32", "calibration": calibration}
-    axes = families.axes(prune(read(asked), tmp_path / "out").loaded.model)
-    widths = [axis.size for axis in axes if axis.kind == "neurons"]
-    assert widths[0] == 40
-    assert max(widths[1:]) < 40
-    assert max(widths[1:]) - min(widths[1:]) <= 1
+    waits = ", heads_after=0.5" if "heads_after=0.5" in other.chooser else ""
+    assert row.chooser == f"allocate.uniform(first=1{waits})"

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import load_state
 from adapt_pruner.core.events import Event
+from adapt_pruner.core.model import modeling_pruned
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.windows import calibration_feed
@@ -475,7 +475,7 @@ def test_a_family_whose_unequal_layers_cannot_be_saved_is_refused_at_the_start(
         raise AttributeError(name)
 
     monkeypatch.setattr(modeling_pruned, "__getattr__", lacking)
-    refused = "LlamaForCausalLM has no class in checkpoint/modeling_pruned.py, .*; set equal_widths=true, or prune whole layers"
+    refused = "LlamaForCausalLM has no class in core/model/modeling_pruned.py, .*; set equal_widths=true, or prune whole layers"
     with pytest.raises(UsageError, match=refused):
         prune(without_training(recipe), tmp_path / "out")
     blocks = {"axes": ["mlps"], "chooser": "depth.drop_layers", "equal_widths": True}

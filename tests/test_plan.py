@@ -1,27 +1,95 @@
-"""The rules of `shrink`, on machines and models that are numbers."""
+"""The rules of `shrink`, on machines that are numbers and models without weights."""
 
+import functools
 import re
+from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from adapt_pruner import families
 from adapt_pruner.core.events.words import compact
+from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import read
-from adapt_pruner.run.rules import Asked, Machine, Model, Plan, planned
+from adapt_pruner.run import shrink
+from adapt_pruner.run.estimate import Setup, Speed, operations, shapes
+from adapt_pruner.run.plan import setup_of
+from adapt_pruner.run.shrink import Asked, Choice, planned
+from adapt_pruner.work import Work
 
-MACHINE = Machine(read=1_500, scored=360, trained=570, load=10, words="2 threads, bfloat16", memory=16 * 2**30)
-"""Two idle cores of a Xeon with AMX and SmolLM2-135M."""
-SMOLLM2 = Model("smollm2-135m-instruct", 134_515_008, 106_203_456, 113_300_000, 8192, (3 * 2**30, 2 * 2**30))
-TEXT = Asked("corpus#train", "corpus#heldout", 40_000_000, 100_000, True, 10_000)
+RECIPE = read({
+    "model": "smollm2-135m-instruct", "dtype": "bfloat16", "calibration": {"source": "corpus#train"},
+    "training": {"source": "corpus#train", "tokens": "1M", "length": 256}, "evaluation": {"source": "corpus#heldout"},
+})  # fmt: skip
+ROW = Setup("cpu", True, 256)
+KINDS = {"read": "read", "scored": "score", "trained": "train"}
 
 
-def plan_of(minutes: float | None = None, **changes: Any) -> Plan:
+def sized(**changes: Any) -> Work:
+    """SmolLM2-135M, or another model of its kind, without weights."""
+    sizes = {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    with torch.device("meta"):
+        return Work.of(LlamaForCausalLM(LlamaConfig(**sizes | changes)), RECIPE)
+
+
+SMOLLM2, TEXT = sized(), Asked(40_000_000, 100_000, True)
+SHAPES = shapes(SMOLLM2.model)
+SPEEDS = {"read": 1_500, "scored": 360, "trained": 570}
+"""Tokens a second of SmolLM2-135M on two idle cores of a Xeon with AMX."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_cpu() -> Iterator[None]:
+    """The models lie nowhere, and are planned for a CPU. What is computed of the same model twice is computed once."""
+    draft = shrink._draft
+
+    def key(speed: Speed, work: Work, way: Any, *, distilled: bool, again: bool) -> Any:
+        return speed.flops, *speed.others.values(), work.num_params, work.budget.keep, way, distilled, again
+
+    drafts: dict[Any, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(families, "axes", functools.cache(families.axes))
+        patch.setattr(shrink, "setup_of", functools.partial(setup_of, device=torch.device("cpu")))
+        patch.setattr(
+            shrink,
+            "_draft",
+            lambda *given, **how: drafts.get(key(*given, **how)) or drafts.setdefault(key(*given, **how), draft(*given, **how)),
+        )
+        yield
+
+
+def plan_of(
+    minutes: float | None = None, *, of: Work = SMOLLM2, target: int = 113_300_000, chats: bool = False, sparse: bool = False,
+    load: float = 10, memory: int | None = 16 * 2**30, **changes: Any,
+) -> Choice:  # fmt: skip
     asked = {key: value for key, value in changes.items() if hasattr(TEXT, key)}
-    machine = {key: value for key, value in changes.items() if hasattr(MACHINE, key)}
-    model = {key: value for key, value in changes.items() if hasattr(SMOLLM2, key)}
-    return planned(replace(MACHINE, **machine), replace(SMOLLM2, **model), replace(TEXT, minutes=minutes, **asked))
+    read, scored, trained = (
+        changes.get(name, SPEEDS[name]) * operations(shapes(of.model), ROW, kind=kind)
+        for name, kind in KINDS.items()  # type: ignore[arg-type]
+    )
+    speed = Speed(
+        read, "2 threads, bfloat16", memory=memory, load=load, others={"score": scored, "repair": scored, "train": trained}
+    )
+    work = replace(of, budget=Budget(keep=target, total=of.num_params), weight_mask=True if sparse else None)  # type: ignore[arg-type]
+    work.loaded = replace(work.loaded, tokenizer=SimpleNamespace(chat_template="{{ messages }}" if chats else None))
+    return planned(speed, work, replace(TEXT, minutes=minutes, **asked))
+
+
+def bytes_of(target: int, *, distilled: bool = False, again: bool = False) -> int:
+    """Bytes that training takes."""
+    work = replace(SMOLLM2, budget=Budget(keep=target, total=SMOLLM2.num_params))
+    speed = Speed(1e12, "", others={"score": 1e12, "repair": 1e12, "train": 1e12})
+    memory: int = shrink._draft(speed, work, shrink._WAYS[0], distilled=distilled, again=again).memory
+    return memory
 
 
 @pytest.mark.parametrize("minutes", [4, 15, 60, 150, 600])
@@ -43,11 +111,11 @@ def test_more_time_buys_thoroughness_and_then_tokens() -> None:
     looked_at = [plan.settings["calibration.samples"] for plan in plans]
     tokens = [plan.settings["training.expected"] for plan in plans]
     assert [plan.settings["method"] for plan in plans] == ["adaptive-ls-v1"] * 5
-    assert [plan.settings["step"] for plan in plans] == [1.0, 1.0, 0.1, 0.1, 0.1]
-    assert [plan.settings["amplitude"] for plan in plans] == [1.0, 1.0, 0.1, 0.1, 0.1], (
+    assert [plan.settings["step"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1]
+    assert [plan.settings["amplitude"] for plan in plans] == [1.0, 0.1, 0.1, 0.1, 0.1], (
         "the shares of layers do not depend on the step"
     )
-    assert looked_at == [32, 64, 32, 64, 64]
+    assert looked_at == [32, 32, 64, 64, 64]
     assert tokens == sorted(tokens)
     assert 3 < tokens[4] / tokens[3] < 6
 
@@ -94,7 +162,8 @@ def test_a_text_that_is_read_again_teaches_by_the_dense_model() -> None:
     assert again.settings["training.expected"] < enough
     assert plan_of(tokens=30_000, text_tokens=20_000).settings["training.objective"] == "objectives.distil(temperature=1)"
     assert plan_of(60, text_tokens=enough // 2, sparse=True).settings["training.objective"] == "objectives.lm"
-    lacking = plan_of(60, text_tokens=enough // 2, teacher=10**12)
+    alone, taught = bytes_of(113_300_000, again=True), bytes_of(113_300_000, distilled=True, again=True)
+    lacking = plan_of(60, text_tokens=enough // 2, memory=(alone + taught) // 2)
     assert lacking.settings["training.objective"] == "objectives.lm"
     assert "which would teach it, does not fit" in lacking.lines[2]
 
@@ -188,41 +257,37 @@ def test_a_text_too_small_for_the_time_is_said_with_what_would_do() -> None:
     assert "times" not in plan_of(60).lines[2]
 
 
-def test_a_model_that_does_not_fit_is_refused_and_one_that_hardly_does_works_twice() -> None:
+def test_a_model_that_hardly_fits_works_twice() -> None:
     assert not plan_of(60).settings["training.gradient_checkpointing"]
-    hardly = plan_of(60, memory=int(2.5 * 2**30))
+    hardly = plan_of(60, memory=bytes_of(113_300_000) - 1)
     assert hardly.settings["training.gradient_checkpointing"]
     assert hardly.settings["training.expected"] < plan_of(60).settings["training.expected"]
-    with pytest.raises(
-        UsageError, match=r"needs 2\.0 GiB of memory to train, but only 1\.0 GiB are free; nothing that makes it smaller"
-    ):
-        plan_of(60, memory=2**30)
-    with pytest.raises(UsageError, match=r"only 1\.0 GiB are free; this fits here, in 0\.9 GiB: `second`"):
-        plan_of(60, memory=2**30, instead=(("`first`", 2**31), ("`second`", int(0.9 * 2**30))))
     plan_of(60, memory=None)
 
 
 def test_where_the_dense_model_does_not_fit_beside_it_the_text_alone_teaches() -> None:
-    fits = plan_of(60, target=70_800_000, teacher=2**29, memory=int(3.6 * 2**30))
-    alone = plan_of(60, target=70_800_000, teacher=2**29, memory=int(2.4 * 2**30))
+    taught, alone = (bytes_of(70_800_000, distilled=distilled, again=True) for distilled in (True, False))
+    fits, lacking = (plan_of(60, target=70_800_000, memory=memory) for memory in (taught, (alone + taught) // 2))
     assert fits.settings["training.objective"] == "objectives.distil(temperature=1)"
-    assert alone.settings["training.objective"] == "objectives.lm"
-    assert "; the dense model, which would teach it, does not fit into memory beside it" in alone.lines[2]
+    assert lacking.settings["training.objective"] == "objectives.lm"
+    assert "; the dense model, which would teach it, does not fit into memory beside it" in lacking.lines[2]
 
 
-def test_a_smaller_model_trains_a_little_faster_and_a_teacher_costs_a_pass() -> None:
-    """docs/shrink.md: 0.6 of the share by which the dense model is larger; a forward pass of the dense model; 0.85 of all."""
-    plain = plan_of(60, target=105_000_000, read=685, trained=373)
-    taught = plan_of(60, target=105_000_000, read=685, trained=373, text_tokens=100_000)
-    assert taught.settings["training.objective"] == "objectives.distil(temperature=1)", "the text is read more than once"
-    speeds = [one.settings["training.expected"] / one.seconds["train"] for one in (plain, taught)]
-    student = 373 * (1 + 0.6 * (134_515_008 / 105_000_000 - 1))
-    assert speeds == pytest.approx([0.85 * student, 0.85 / (1 / student + 1 / 685)], rel=0.01)
+def test_seconds_are_operations_at_the_speed_that_was_measured() -> None:
+    """docs/shrink.md: 0.8 of the speed of training; a teacher reads at the speed of reading. Measured: 370 and 235 tokens a second."""
+    speeds = []
+    for text_tokens in (TEXT.text_tokens, 100_000):  # the second is read more than once
+        plan = plan_of(60, target=105_000_000, read=685, trained=373, text_tokens=text_tokens)
+        speeds.append(plan.settings["training.expected"] / plan.seconds["train"])
+    dense, pruned = (operations(of, ROW, kind="train") for of in (SHAPES, SHAPES.cut_to(105_000_000)))
+    student = 373 * dense / pruned
+    assert speeds == pytest.approx([0.8 * student, 0.8 / (1 / student + 1 / 685)], rel=0.01)
+    assert speeds == pytest.approx([370, 235], rel=0.1)
 
 
 def test_the_shares_of_the_rules_are_where_the_page_says() -> None:
     """docs/shrink.md: 35 % of the decoder, a sixth of the time, 5 % for windows, rows of 256, and how the rate rises and falls."""
-    dense, decoder = SMOLLM2.params, SMOLLM2.decoder
+    dense, decoder = SMOLLM2.num_params, decoder_parameters(SMOLLM2.model)
     for share, objective in ((0.345, "objectives.lm"), (0.355, "objectives.distil(temperature=1)")):
         assert plan_of(60, target=round(dense - share * decoder)).settings["training.objective"] == objective
     assert [plan_of(minutes).settings["checkpoint_minutes"] for minutes in (6, 30, 600)] == [1, 5, 10]
@@ -234,9 +299,10 @@ def test_the_shares_of_the_rules_are_where_the_page_says() -> None:
 
 def test_the_rate_rises_with_what_is_gone_and_is_half_for_large_models() -> None:
     """docs/shrink.md: 1e-4 below 35 % of the decoder, 2e-4 below 50 %, 4e-4 from there on; half of that above 2 B parameters."""
-    dense, decoder = SMOLLM2.params, SMOLLM2.decoder
+    dense, decoder = SMOLLM2.num_params, decoder_parameters(SMOLLM2.model)
     shares = {0.2: 1e-4, 0.345: 1e-4, 0.355: 2e-4, 0.495: 2e-4, 0.505: 4e-4, 0.6: 4e-4}
     assert {share: plan_of(60, target=round(dense - share * decoder)).settings["training.lr"] for share in shares} == shares
-    for params, rate in ((10**9, 1e-4), (4 * 10**9, 5e-5)):
-        fifth = plan_of(600, params=params, decoder=params // 2, target=params * 9 // 10)
-        assert fifth.settings["training.lr"] == rate
+    for width, rate in ((2048, 1e-4), (4096, 5e-5)):
+        large = sized(hidden_size=width, intermediate_size=3 * width, num_attention_heads=16, num_key_value_heads=4)
+        assert (large.num_params > 2 * 10**9) == (rate < 1e-4)
+        assert plan_of(600, of=large, target=large.num_params * 9 // 10, memory=None).settings["training.lr"] == rate

@@ -66,7 +66,7 @@ def test_a_step_is_the_formula(exact: bool, batches: list[torch.Tensor]) -> None
     axes = [axis for axis in work.axes if axis.kind in ("neurons", "kv_heads")]
     one = PolicyGradient(updates=4, masks=3, sequences=2, lr=0.05, exact=exact)
     start = {axis.name: torch.linspace(0.3, 0.9, axis.entries) for axis in axes}
-    one._stay, one._stage, one._baseline, one._done = dict(start), 1, 5.0, 1
+    one._values, one._stage, one._baseline, one._done = dict(start), 1, 5.0, 1
     losses = one._update(work, axes, 0.99, batches[:1])
     generator = torch.Generator().manual_seed(0 * 1_000_003 * 100_003 + 1 * 100_003 + 1)
     drawn = [{name: torch.bernoulli(share, generator=generator) for name, share in start.items()} for _ in range(3)]
@@ -78,7 +78,7 @@ def test_a_step_is_the_formula(exact: bool, batches: list[torch.Tensor]) -> None
             scale = (s + 1e-7) * (1 - s + 1e-7)
             g = sum((loss - baseline) * (float(gates[name][unit]) - s) for loss, gates in zip(losses, drawn, strict=True)) / 2
             expected = s - rate * g / (scale if exact else math.sqrt(scale))
-            assert float(one._stay[name][unit]) == pytest.approx(min(1.0, max(0.0, expected)), abs=1e-5)
+            assert float(one._values[name][unit]) == pytest.approx(min(1.0, max(0.0, expected)), abs=1e-5)
 
 
 def test_a_mask_without_a_finite_loss_counts_nothing(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,12 +87,12 @@ def test_a_mask_without_a_finite_loss_counts_nothing(batches: list[torch.Tensor]
     losses = iter([math.nan, 3.0, math.nan, math.nan])
     monkeypatch.setattr(Work, "loss", lambda self, gates, batches: next(losses))
     one = PolicyGradient(masks=2, lr=0.05)
-    one._stay = {axis.name: torch.full((axis.entries,), 0.5) for axis in axes}
+    one._values = {axis.name: torch.full((axis.entries,), 0.5) for axis in axes}
     one._update(work, axes, 0.9, batches)
     assert one._baseline == 3.0
-    before = {name: share.clone() for name, share in one._stay.items()}
+    before = {name: share.clone() for name, share in one._values.items()}
     one._update(work, axes, 0.9, batches)
-    assert all(torch.equal(share, before[name]) for name, share in one._stay.items())
+    assert all(torch.equal(share, before[name]) for name, share in one._values.items())
     monkeypatch.setattr(Work, "loss", lambda self, gates, batches: math.nan)
     with pytest.raises(RunError, match=r"no mask of \d+ has a finite loss on the calibration text; set dtype=float32"):
         list(PolicyGradient(updates=2, sequences=2).steps(work, work.stages[0].params))
@@ -104,9 +104,9 @@ def test_it_finds_the_units_that_matter(batches: list[torch.Tensor], monkeypatch
     monkeypatch.setattr(Work, "loss", lambda self, gates, batches: sum(float((1 - gate)[1::2].sum()) for gate in gates.values()))
     axes = [axis for axis in work.axes if axis.kind == "neurons"]
     one = PolicyGradient(updates=300, masks=4, lr=0.02)
-    one._stay = {axis.name: torch.full((axis.entries,), 0.7) for axis in axes}
+    one._values = {axis.name: torch.full((axis.entries,), 0.7) for axis in axes}
     losses = [one._update(work, axes, 0.7, batches) for _ in range(300)]
-    used, unused = (torch.cat([share[start::2] for share in one._stay.values()]).mean() for start in (1, 0))
+    used, unused = (torch.cat([share[start::2] for share in one._values.values()]).mean() for start in (1, 0))
     assert used > unused + 0.3
     assert sum(losses[-1]) < sum(losses[0]) / 2, "masks that are drawn lose less in the end"
 

@@ -12,7 +12,7 @@ from adapt_pruner.core.events import Cut, Evaluation, Event, Progress, Saved, St
 from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.events.run import Masked, Planned, Searched
 from adapt_pruner.recipe import read
-from adapt_pruner.run.ahead import ahead, setup_here
+from adapt_pruner.run.plan import phases, setup_of
 from adapt_pruner.run.start import plan as run_plan
 from adapt_pruner.work import Work
 from conftest import tiny_model
@@ -182,18 +182,18 @@ def test_a_run_that_goes_on_is_estimated_by_what_is_left_of_it() -> None:
 def test_a_run_that_goes_on_plans_what_is_left() -> None:
     recipe = read({
         "method": "adapt-pruner", "model": "m", "budget": "70%", "stages": 3, "step": 0.05, "dtype": "float32",
-        "calibration": {"source": "a.txt"}, "training": {"source": "a.txt", "tokens": 6_144, "batch_tokens": 512, "length": 64},
+        "calibration": {"source": "self", "samples": 8}, "training": {"source": "a.txt", "tokens": 6_144, "batch_tokens": 512, "length": 64},
         "evaluation": {"source": "b.txt", "window": 64, "max_windows": 4},
     })  # fmt: skip
     work = Work.of(tiny_model(), recipe)
     work.stages, work.budget = run_plan(work)
-    whole = ahead(work, setup_here(work), writes=(8,))
+    whole = phases(work, setup_of(work))
     assert [item["phase"] for item in whole.items][:3] == ["write", "evaluate", "score"]
     assert sum(whole.tokens) == sum(stage.tokens for stage in work.stages)
     first = work.stages[0]
     work.state.stage, work.state.pruned, work.state.progress.tokens = 2, True, first.tokens + 512
     work.state.figures["params_before"] = work.dense_params
-    rest = ahead(work, setup_here(work))
+    rest = phases(work, setup_of(work))
     assert ("score", 2) not in {(item["phase"], item["stage"]) for item in rest.items}, "its cuts are done"
     assert {item["stage"] for item in rest.items} == {0, 2, 3}
     assert rest.tokens == [0, work.stages[1].tokens - 512, work.stages[2].tokens]

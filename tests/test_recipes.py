@@ -156,12 +156,13 @@ def test_best_stands_for_a_method_with_a_version() -> None:
     ({"calibration.samples": 4}, "calibration.samples=8", "set by its own option and by --set"),
     ({}, "model=other", "model is set by its own option and by --set"),
     ({"seed": 5}, "seed=3", "seed is set by its own option and by --set"),
+    ({"calibration.ids": "ids.json"}, "calibration.redraw=false", "calibration.redraw would be ignored, since calibration.ids fixes every token; leave it out, or leave calibration.ids out"),
     ({"calibration.ids": "ids.json"}, "calibration.samples=8", "calibration.samples would be ignored, since calibration.ids fixes every token; leave it out, or leave calibration.ids out"),
 ])  # fmt: skip
 def test_what_an_option_has_set_is_not_set_again(asked: dict[str, Any], override: str, said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
-        to_prune({"model": "x", "budget": "80%", "seed": 0} | asked, overrides=[override])
-    assert to_prune({"model": "x", "budget": "80%", "seed": 0}, overrides=["seed=3"]).seed == 3, "nobody gave another"
+        to_prune({"model": "x", "budget": "80%"} | asked, overrides=[override])
+    assert to_prune({"model": "x", "budget": "80%", "seed": None}, overrides=["seed=3"]).seed == 3, "nobody gave another"
 
 
 @pytest.mark.parametrize(("recipe", "overrides", "lost"), [

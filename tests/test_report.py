@@ -31,9 +31,9 @@ from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.reduce.choose.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
-from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
 from adapt_pruner.report.record import read_record
+from adapt_pruner.report.screen import Bars
 from adapt_pruner.report.svg import drawing
 from conftest import VOCAB, as_dicts, byte_tokenizer, read_json, suited, tiny_model
 from test_cli import call

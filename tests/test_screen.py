@@ -14,6 +14,7 @@ from adapt_pruner.core.events import Cut, Evaluation, Event, Load, Progress, Sta
 from adapt_pruner.core.events.comparison import CellBegun, CellDone, InCell
 from adapt_pruner.core.events.progress import RunProgress
 from adapt_pruner.core.events.run import Planned
+from adapt_pruner.recipe import Recipe
 from adapt_pruner.report import screen as screens
 from adapt_pruner.report.screen import Screen
 from conftest import as_dicts
@@ -124,9 +125,9 @@ def test_where_there_is_no_terminal_lines_come_now_and_then(monkeypatch: pytest.
 
 def test_a_cell_of_a_comparison_says_how_far_it_is(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     heard: list[dict[str, Any]] = []
-    text = ["--calibration", str(text_file), "--calibration-samples", "4", "--calibration-length", "32"]
-    words = ["prune", str(tiny_folder), "--params", "80%", *text, "--set", "calibration.self_generated=0"]
-    prune_apart(words, tmp_path / "cell", listen=as_dicts(heard.append))
+    calibration = {"source": str(text_file), "samples": 4, "length": 32, "self_generated": 0}
+    recipe = Recipe(model=str(tiny_folder), budget="80%", calibration=calibration)
+    prune_apart(recipe, tmp_path / "cell", listen=as_dicts(heard.append))
     inner = [one["said"] for one in heard if one["event"] == "in_cell"]
     assert {"planned", "progress", "cut"} <= {one["event"] for one in inner}
     where: dict[str, Any] = {"cell": 2, "of": 4, "method": "best", "size": 113_300_000, "draw": 1, "draws": 1}

@@ -9,13 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import search
-from adapt_pruner.reduce.propose.proposals import Candidate, Space, evolution
+from adapt_pruner.reduce.propose.proposals import Candidate, Space, evolution, mutation
 from adapt_pruner.reduce.propose.proposals import random as at_random
 from adapt_pruner.reduce.repair.closed_form import least_squares
 from adapt_pruner.reduce.search import Search
@@ -136,6 +137,128 @@ def test_evolution_goes_where_the_loss_is_lower(batches: list[torch.Tensor], mon
     assert found["evolution"] < first
 
 
+def blocks_work(batches: list[torch.Tensor], **keys: Any) -> Work:
+    """Twelve layers, of which blocks may go, by the settings of `evopress`."""
+    work = work_of(tiny_model(num_hidden_layers=12), batches, **{"method": "evopress", "chooser": "depth.drop_layers"} | keys)
+    work.stages = [Stage(1, work.num_params * 7 // 10, 1, 0, 0, 0)]
+    return work
+
+
+def gone(sizes: dict[str, int], kind: str) -> set[str]:
+    return {name for name, size in sizes.items() if name.endswith(kind) and not size}
+
+
+def test_mutations_are_one_to_three_swaps_of_a_block_that_goes_for_one_that_stays(batches: list[torch.Tensor]) -> None:
+    work = blocks_work(batches)
+    space = space_of(work)
+    parent = Candidate(space.swapped(space.base, random.Random(1), 40), 1.0)
+    found = mutation([parent], space, random.Random(0), 32)
+    assert len({tuple(sizes.values()) for sizes in [*found, parent.sizes]}) == 33, (
+        "32 that differ from each other and from the parent"
+    )
+    swaps = [sum(len(gone(sizes, kind) - gone(parent.sizes, kind)) for kind in ("attentions", "mlps")) for sizes in found]
+    assert set(swaps) == {1, 2, 3}
+    assert swaps.count(1) > swaps.count(3)
+    for sizes in found:
+        assert all(len(gone(sizes, kind)) == len(gone(space.base, kind)) for kind in ("attentions", "mlps"))
+
+
+def test_the_search_begins_with_the_best_of_many_random_models(
+    batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the model without its last blocks, which is what the chooser gives where all scores are equal."""
+    work, measured = blocks_work(batches), []
+    base = space_of(work).base
+    last = gone(base, "mlps")
+    assert all(f"layers.{i}.mlps" in last for i in range(12 - len(last), 12))
+
+    def judged(self: Any, sizes: dict[str, int], text: Any) -> float:
+        measured.append(dict(sizes))
+        return float(
+            sum(name.startswith("layers.0.") and not size for name, size in sizes.items()) + len(gone(sizes, "mlps") & last)
+        )
+
+    monkeypatch.setattr(search._Judge, "_measured", judged)
+    how = Search(proposals="mutation", starts=64, population=1, offspring=4, rounds=1, finalists=2)
+    first = next(iter(how.steps(work, work.stages[0].params)))
+    assert first.evaluations == 66
+    assert len({tuple(sizes.values()) for sizes in measured[:64]}) == 64
+    assert base not in measured[:64]
+    for name in (*base,):
+        assert 0.1 < sum(not sizes[name] for sizes in measured[:64]) / 64 < 0.7, "every block goes in some and stays in some"
+
+
+def test_text_is_drawn_anew_in_every_round_and_the_parent_measured_again(
+    batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = blocks_work(batches)
+    texts: list[tuple[tuple[int, ...], ...]] = []
+
+    def judged(self: Any, sizes: dict[str, int], text: Any) -> float:
+        texts.append(tuple(tuple(row.tolist()) for ids, _ in text for row in ids))
+        return float(len(texts))  # so that whatever is measured first is the best
+
+    monkeypatch.setattr(search._Judge, "_measured", judged)
+    how = Search(
+        proposals="mutation", starts=4, population=1, offspring=3, rounds=2, finalists=2, redraw=True, tokens=24, final_tokens=36
+    )
+    list(how.steps(work, work.stages[0].params))
+    rounds = [texts[:6], texts[6:12], texts[12:18]]
+    assert [len({*measured}) for measured in rounds] == [2, 2, 2], "one draw for all of a round, another for the finalists"
+    assert len({draw for measured in rounds for draw in measured}) == 6
+    assert [len(measured[0]) for measured in rounds] == [2, 2, 2]
+    assert [len(measured[-1]) for measured in rounds] == [3, 3, 3]
+    assert [measured.count(measured[-1]) for measured in rounds] == [2, 3, 3], (
+        "two finalists, and the parent from the second round on"
+    )
+    pool = {tuple(row.tolist()) for batch in batches for row in batch}
+    assert all(set(draw) <= pool and len(set(draw)) == len(draw) for draw in texts)
+
+
+def test_the_number_of_rounds_follows_from_the_blocks(batches: list[torch.Tensor]) -> None:
+    work = blocks_work(batches)
+    base = space_of(work).base
+    k = max(len(gone(base, kind)) for kind in ("attentions", "mlps"))
+    phases = Search(starts=2, rounds=0).phases(work, work.stages[0].params)
+    assert phases["search"].times == int(k * (12 - k) / 1.5) + 1
+    with pytest.raises(
+        UsageError,
+        match=r"rounds=0\) counts the attentions and mlps that go, and axes names neither; give a number, such as rounds=20",
+    ):
+        Search(rounds=0).check(work_of(tiny_model(), batches))
+
+
+def test_blocks_of_a_model_that_was_cut_before_are_searched_within_the_budget(
+    tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Blocks of layers cut before differ in size, so a swap may leave the budget; such candidates are left out."""
+    calibration = {"source": str(text_file), "samples": 4, "length": 16}
+    common = {"dtype": "float32", "calibration": calibration}
+    narrower = {"model": str(tiny_folder), "method": "adapt-pruner", "budget": "85%", "step": 0.2, "amplitude": 0.2, **common}
+    first = prune(read(narrower), tmp_path / "narrower")
+    blocks = {axis.name: axis.cost for axis in families.axes(first.loaded.model) if axis.kind == "mlps"}
+    assert len(set(blocks.values())) > 1
+    short = "search(proposals=mutation, starts=12, population=1, rounds=2, offspring=6, fitness=kl, redraw=true)"
+    shallower = {"model": str(tmp_path / "narrower"), "method": "evopress", "budget": "70%", "reduce": short, **common}
+    second = prune(read(shallower), tmp_path / "shallower")
+    assert second.figures["params_after"] <= second.figures["budget"] < first.figures["params_after"]
+    assert second.figures["budget"] - second.figures["params_after"] < max(blocks.values())
+
+
+def test_drawn_text_is_measured_as_the_model_is_after_the_cut(batches: list[torch.Tensor]) -> None:
+    """The divergence on a draw is that on the same rows in a batch of their own."""
+    work = blocks_work(batches)
+    axes, space = prunable(work), space_of(work)
+    zeros = {axis.name: torch.zeros(axis.entries) for axis in axes}
+    judge = search._Judge(work, axes, zeros, batches, Search(fitness="kl", redraw=True, tokens=24, final_tokens=36), {})
+    judge.draw(random.Random(3))
+    sizes = space.swapped(space.base, random.Random(2), 9)
+    drawn = judge.little(sizes)
+    rows = torch.cat([ids for ids, _ in judge._little])
+    alone = search._Judge(work, axes, zeros, [rows], Search(fitness="kl"), {})
+    assert drawn == pytest.approx(alone.whole(sizes), rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 def test_the_budget_is_met(layout: tuple[str, str], batches: list[torch.Tensor]) -> None:
     work = work_of(tiny_model(layout), batches)
@@ -193,7 +316,8 @@ def test_a_killed_search_goes_on_bit_equal(tiny_folder: Path, text_file: Path, t
 @pytest.mark.parametrize(("changes", "said"), [
     ({"axes": ["neurons", "residual"]}, "reduce search moves units from one layer to another, and the model has only one axis of residual"),
     ({"reduce": "search(proposals=evolutoin)"}, "proposal 'evolutoin' is not known; did you mean 'proposals.evolution'"),
-    ({"reduce": "search(population=1)"}, "option 'population' of reduce 'search' is 1; give a whole number (2 or more)"),
+    ({"reduce": "search(population=0)"}, "option 'population' of reduce 'search' is 0; give a whole number (1 or more)"),
+    ({"method": "evopress", "reduce": "search", "repair": None, "stages": 1, "distance": "blocks.cosine"}, "distance would be ignored, since reduce 'search' does not read it; leave it out"),
     ({"repair": None}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"repair": "closed_form.mean_bias"}, "measures candidates with repaired weights, and the recipe has no repair"),
     ({"head_metric": "blocks.loss_drop"}, "head_metric would be ignored, since reduce 'search' does not read it; leave it out"),

@@ -26,9 +26,10 @@ from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
-from adapt_pruner.run import in_time, loop, plan, probe, rules, start, threads, trackers
-from adapt_pruner.run.estimate import shapes
+from adapt_pruner.run import loop, plan, probe, start, trackers
+from adapt_pruner.run import shrink as shrinking
 from adapt_pruner.run.training import Trainer
+from adapt_pruner.work import Work
 from conftest import as_dicts, assert_same_model, byte_tokenizer, read_json, tiny_model
 from test_cli import ask
 from test_vocabulary import byte_level
@@ -142,24 +143,24 @@ def test_keys_set_by_the_user_are_planned_around_and_known_again(ask: Any, tiny_
         assert ("your own settings, which replace those above: seed=3, training.tokens=4k" in lines) != finished
     recipe = read(str(out / "recipe.yaml"))
     assert (recipe.seed, recipe.training.tokens) == (3, 4_000)
-    assert recipe.about == "shrink to 70% by training on 10,000 tokens"
+    assert recipe.about == "shrink --params 70% --tokens 10000"
     assert any((out / "trackers").iterdir())
     words[words.index("70%")] = "80%"
-    assert "was started with another --params or --tokens (70% by training" in ask(*words)[2]
+    assert "was started with another --params (70%, not 80%)" in ask(*words)[2]
 
 
 def test_other_minutes_go_on_with_a_run_that_was_stopped(
     tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_time, "time", SimpleNamespace(perf_counter=lambda: 30.0))  # the probe takes half a minute anywhere
-    monkeypatch.setattr(rules, "_EASILY", 0)  # so that twice the tokens are prepared, however fast the machine is
+    monkeypatch.setattr(shrinking, "time", SimpleNamespace(perf_counter=lambda: 30.0))  # the probe takes half a minute anywhere
+    monkeypatch.setattr(shrinking, "_EASILY", 0)  # so that twice the tokens are prepared, however fast the machine is
     common = {"model": str(tiny_folder), "budget": "70%", "seed": 0, "device": "auto", "dtype": "auto"}
     (tmp_path / "small").mkdir()
     heard: list[dict[str, Any]] = []
 
     def asked(minutes: float) -> Any:
         long = (minutes, None)
-        return in_time.recipe_in_time(
+        return shrinking.recipe_in_time(
             common, tmp_path / "small", text=str(text), long=long, started=0.0, listen=as_dicts(heard.append)
         )
 
@@ -191,6 +192,27 @@ def test_another_method_keeps_its_own_step_and_repair(ask: Any, tiny_folder: Pat
     assert status == 0, lines
     recipe = json.loads(said)
     assert (recipe["method"], recipe["step"], recipe["repair"]) == ("uniform", 0.02, None)
+
+
+def test_a_method_that_cannot_checkpoint_gradients_is_planned(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
+    """Whether the training fits into memory is asked with gradient checkpointing, which this method refuses."""
+    words = (
+        "shrink",
+        tiny_folder,
+        "--params",
+        "70%",
+        "--text",
+        text,
+        "-o",
+        tmp_path / "small",
+        "--tokens",
+        "20k",
+        "--dry-run",
+        "--json",
+    )
+    status, said, lines = ask(*words, "--set", "method=sheared")
+    assert status == 0, lines
+    assert json.loads(said)["method"] == "sheared"
 
 
 def test_a_step_may_be_as_short_as_a_row_of_shrink(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
@@ -238,7 +260,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count(0, 600)  # ten minutes between two looks, whatever the machine
-    for module in (sys.modules["adapt_pruner.cli.shrink"], in_time):
+    for module in (sys.modules["adapt_pruner.cli.pruning"], shrinking):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     asked = shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run")
     status, said, lines = ask(*asked)
@@ -286,14 +308,13 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     out.mkdir()
-    about = "shrink to 40,000 by training on 10,000 tokens"
+    about = "shrink --params 40000 --tokens 10000"
     begun = read(
         {"about": about, "model": str(tiny_folder), "budget": "40000", "training": {"source": f"{text}#train", "tokens": 4096}}
     )
     (out / "recipe.yaml").write_text(begun.to_yaml())
     command = ["shrink", tiny_folder, "--text", text, "-o", out, "--tokens", "10k", "--params"]
-    asked = about.removeprefix("shrink to ")
-    said = f"{out} was started with another --params or --tokens ({asked}, not {asked.replace('40', '41')}); name another folder"
+    said = f"{out} was started with another --params (40000, not 41000); name another folder"
     assert said in ask(*command, "41k")[2]
     assert f"{out} was started with another --seed (0, not 1); name another folder" in ask(*command, "40k", "--seed", 1)[2]
     (tmp_path / "other.txt").write_text("another text. " * 3_000)
@@ -307,7 +328,7 @@ def test_a_folder_that_was_begun_otherwise_is_refused(ask: Any, tiny_folder: Pat
 def test_a_tracker_that_is_not_installed_is_refused_before_the_probe(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(in_time, "probed", lambda *_, **__: pytest.fail("it was probed"))
+    monkeypatch.setattr(shrinking, "probed", lambda *_, **__: pytest.fail("it was probed"))
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--set", "report_to=[wandb]"))
     assert (status, "report_to wandb needs the package wandb" in lines) == (2, True)
@@ -318,7 +339,7 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
 ) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("Dear")
-    monkeypatch.setattr(in_time, "probed", lambda *_, **__: pytest.fail("it was probed"))
+    monkeypatch.setattr(shrinking, "probed", lambda *_, **__: pytest.fail("it was probed"))
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "letters"))
     assert (status, lines.count("\n")) == (2, 1)
     assert str(tmp_path / "letters") in lines
@@ -328,7 +349,7 @@ def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "usable_bytes", lambda: 10**6)
-    monkeypatch.setattr(probe, "begin", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr(start, "load", lambda *_, **__: pytest.fail("it was loaded"))
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
     assert (status, lines.count("\n")) == (2, 2), "after: reading text"
     assert (
@@ -343,7 +364,7 @@ def test_the_command_that_fits_is_named_and_fits(
     """One memory check for shrink, prune and run: what is recommended is not refused."""
     model, cpu = load_shapes(str(tiny_folder)), torch.device("cpu")
     recipe = read({"model": str(tiny_folder), "budget": "70%"})
-    _, (words, least) = plan.ways_to_prune(model, recipe, probe._setup(cpu, "auto"))
+    _, (words, least) = plan.ways_to_prune(model, recipe, plan.setup_of(Work.of(model, recipe), device=cpu))
     monkeypatch.setattr(plan, "usable_bytes", lambda: least)
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
     assert status == 2
@@ -382,8 +403,14 @@ def test_memory_is_that_of_training_the_pruned_model(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All training comes after the cuts; a model may fit that does not before them."""
-    dense, cpu = shapes(load_shapes(str(tiny_folder))), torch.device("cpu")
-    needed = [probe._memory(dense, probe._cut_to(dense, round(share * dense.params)), cpu, "auto")[1] for share in (0.7, 1.0)]
+    training = {"source": str(text), "tokens": 10_000, "length": 256, "batch_tokens": 2048, "gradient_checkpointing": True}
+    keys = {
+        "model": str(tiny_folder),
+        "training": training,
+        "calibration": {"source": str(text)},
+        "evaluation": {"source": str(text)},
+    }
+    needed = [plan.most_bytes(*start.on_paper(read(keys | {"budget": share}), here=True)) for share in ("70%", "100%")]
     assert needed[0] < needed[1]
     monkeypatch.setattr(plan, "usable_bytes", lambda: needed[0])
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
@@ -396,7 +423,8 @@ def test_memory_is_that_of_training_the_pruned_model(
 def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(probe, "_memory", lambda *_: [3 * 10**9, 10**9, 4 * 10**9])
+    for module in (plan, probe, shrinking):
+        monkeypatch.setattr(module, "most_bytes", lambda _, how: 10**9 if how.checkpointing else 3 * 10**9)
     monkeypatch.setattr(plan, "usable_bytes", lambda: 2 * 10**9)
     again, kernels = list[bool](), probe.kernels
     monkeypatch.setattr(
@@ -414,19 +442,19 @@ def test_fewer_threads_where_those_of_a_pass_wait_for_each_other(
 ) -> None:
     """A pass that has no core; it is `crowded` seconds longer with more threads than one."""
     used_now, now = [2], [0.0]
-    monkeypatch.setattr(threads, "time", SimpleNamespace(process_time=lambda: 0.0, perf_counter=lambda: now[0]))
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: used_now[-1])
-    monkeypatch.setattr(threads.torch, "set_num_threads", used_now.append)
-    words = threads._fitted(lambda: now.insert(0, now[0] + 0.01 + crowded * (used_now[-1] > 1)))
+    monkeypatch.setattr(probe, "time", SimpleNamespace(process_time=lambda: 0.0, perf_counter=lambda: now[0]))
+    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: used_now[-1])
+    monkeypatch.setattr(probe.torch, "set_num_threads", used_now.append)
+    words = probe._fitted(lambda: now.insert(0, now[0] + 0.01 + crowded * (used_now[-1] > 1)))
     assert (used_now[-1], words) == (used, {2: "2 threads", 1: "1 of 2 threads, which is faster at present"}[used])
 
 
 def test_as_many_threads_as_cores_are_not_tried_against_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(threads.torch, "set_num_threads", lambda count: pytest.fail("it was tried"))
+    monkeypatch.setattr(probe.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(probe.torch, "set_num_threads", lambda count: pytest.fail("it was tried"))
     clock = iter(range(0, 100, 2))
-    monkeypatch.setattr(threads, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: next(clock) / 2))
-    assert threads._fitted(lambda: None) == "2 threads"
+    monkeypatch.setattr(probe, "time", SimpleNamespace(process_time=lambda: next(clock), perf_counter=lambda: next(clock) / 2))
+    assert probe._fitted(lambda: None) == "2 threads"
 
 
 @pytest.mark.parametrize(("long", "fits"), [(["--minutes", "60"], True), (["--tokens", "10k"], False)])

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.modeling_pruned import add_block_sums
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.weight_mask import WeightMask, largest, linear_layers, oriented
 from adapt_pruner.errors import UsageError

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.load import load
-from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.checkpoint.save import save
+from adapt_pruner.core.model.modeling_pruned import add_block_sums
 from adapt_pruner.core.model.weight_mask import linear_layers
 from conftest import VOCAB, byte_tokenizer, tiny_model
 

@@ -21,9 +21,8 @@ from adapt_pruner.core.events.progress import RunProgress
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.report import with_card
-from adapt_pruner.report.bars import Bars
 from adapt_pruner.report.record import read_progress
-from adapt_pruner.report.screen import Screen
+from adapt_pruner.report.screen import Bars, Screen
 from adapt_pruner.run import folder
 from conftest import as_dicts, byte_tokenizer, tiny_model
 from test_cli import call

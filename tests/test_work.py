@@ -121,6 +121,8 @@ def test_parts_say_what_they_need() -> None:
     assert not parts.takes("schedule", "schedules.cosine", "decay")
     assert parts.names("reduce") == [
         "between_steps",
+        "free_gates",
+        "greedy_gates",
         "hard_concrete",
         "masks",
         "policy_gradient",

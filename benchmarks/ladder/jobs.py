@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +60,41 @@ class Job:
 class Ladder:
     """The table, and the folder where bases and results are kept.
 
-    FOLDER/RUNG/made_of.json                the text and the settings of its bases
+    FOLDER/RUNG/made_of.json                the text and the settings of its bases; a rung that is `like` another has those of that one
     FOLDER/RUNG/text/{train,heldout}.jsonl  the documents that bases and arms read, drawn once
     FOLDER/RUNG/tokenizer/                  byte-level BPE trained on them
     FOLDER/RUNG/base-N/                     a run folder: model/, recipe.yaml, log.jsonl
     FOLDER/results/NAME.json                what came of a job
+    FOLDER/masks/NAME/mask.json             the units that it ended with, if another arm takes these
     FOLDER/runs/NAME/                       a job's run folder, removed once its result is written
     """
 
     def __init__(self, folder: Path, *, text: Mapping[str, str] | None = None, table: Path | None = None) -> None:
         path = table or Path(__file__).with_name("ladder.yaml")
         self.table: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        rungs = self.table["rungs"]
+        self.table["rungs"] = {name: rungs.get(rung.get("like"), {}) | rung for name, rung in rungs.items()}
         self.folder = folder
         self.results = folder / "results"
         self.text = dict(text or self.table["text"])
 
     def jobs(self, plan: str) -> list[Job]:
         """The jobs of a plan, in order, each once."""
+        groups, rungs = self.table["plans"][plan], {}
+        if isinstance(groups, dict):  # as another plan, on other rungs
+            groups, rungs = self.table["plans"][groups["as"]], groups["rungs"]
         jobs: dict[Job, None] = {}
-        for group in self.table["plans"][plan]:
-            jobs.update(dict.fromkeys(self._of_group(group)))
+        for group in groups:
+            jobs.update(dict.fromkeys(self._of_group(group | {"rung": rungs.get(group["rung"], group["rung"])})))
         return list(jobs)
 
     def _of_group(self, group: Mapping[str, Any]) -> Iterator[Job]:
         rung, rates = group["rung"], self.table["learning_rates"]
-        if group.get("rates"):
-            for arm in ("b", "d5"):
+        if "rates" in group:
+            for arm in group["rates"]:
+                at = self.table["arms"][arm].get("tried_at", rates["at"])
                 for lr in rates["tried"]:
-                    yield Job(rung, rates["base"], arm, rates["at"], rates["seed"], lr)
+                    yield Job(rung, rates["base"], arm, at, rates["seed"], lr)
             return
         for at in group["at"]:
             for base in group["bases"]:
@@ -149,10 +156,10 @@ class Ladder:
         Raises:
             UsageError: it was.
         """
-        path = self.folder / rung / "made_of.json"
+        path = self.home(rung) / "made_of.json"
         ours = {
             "text": self.text,
-            "rung": self.table["rungs"][rung],
+            "rung": self.table["rungs"][self.home(rung).name],
             **{key: self.table[key] for key in ("base", "length", "heldout_windows")},
         }
         if not path.exists():
@@ -165,11 +172,29 @@ class Ladder:
 
     def sweep(self, rung: str, arm: str) -> list[Job]:
         """The jobs that try learning rates for an arm."""
-        return [job for job in self._of_group({"rung": rung, "rates": True}) if job.arm == arm]
+        return list(self._of_group({"rung": rung, "rates": [arm]}))
+
+    def tried(self, job: Job) -> Job | None:
+        """The job of the sweep that is the same as this one; None if the sweep has another base, seed or number of tokens."""
+        same = replace(job, lr=lr_of(self, job))
+        return same if job.lr is None and same in self.sweep(job.rung, job.arm) else None
+
+    def source(self, job: Job) -> Job | None:
+        """The job whose units this one is cut to; None for most."""
+        arm = self.table["arms"][job.arm].get("units_of")
+        return None if arm is None else replace(job, arm=arm, lr=None)
+
+    def mask(self, job: Job) -> Path:
+        """The folder with the units that a job ended with."""
+        return self.folder / "masks" / job.name
+
+    def home(self, rung: str) -> Path:
+        """The folder of a rung's text, tokenizer and bases: those of the rung that it is like, if any."""
+        return self.folder / str(self.table["rungs"][rung].get("like", rung))
 
     def prepare(self, rung: str) -> None:
         """Write the text and the tokenizer of a rung, unless they are there."""
-        where = self.folder / rung / "text"
+        where = self.home(rung) / "text"
         tokens = parse_count(self.table["rungs"][rung]["base_tokens"])
         most = {"train": tokens * BYTES_A_TOKEN, "heldout": self.table["heldout_windows"] * self.table["length"] * 8}
         for part, spec in self.text.items():
@@ -184,7 +209,7 @@ class Ladder:
                         break
                 where.mkdir(parents=True, exist_ok=True)
                 write_whole(where / f"{part}.jsonl", "".join(kept))
-        folder = self.folder / rung / "tokenizer"
+        folder = self.home(rung) / "tokenizer"
         if not (folder / "config.json").exists():
             tokenizer = _tokenizer(texts(str(where / "train.jsonl")), size=self.table["rungs"][rung]["vocabulary"])
             tokenizer.save_pretrained(folder)
@@ -192,9 +217,9 @@ class Ladder:
 
     def base(self, rung: str, number: int) -> Path:
         """The folder of a base model, trained from random weights unless it is there."""
-        folder = self.folder / rung / f"base-{number}"
+        folder = self.home(rung) / f"base-{number}"
         if not (folder / "model").exists():
-            recipe = self._trained(rung, self.folder / rung / "tokenizer", seed=number)
+            recipe = self._trained(rung, self.home(rung) / "tokenizer", seed=number)
             loop.run(recipe, folder)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         return folder / "model"
@@ -219,16 +244,18 @@ class Ladder:
         if arm.get("scratch"):
             shape = self.folder / job.rung / "scratch"
             if not (shape / "config.json").exists():
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.folder / job.rung / "tokenizer")
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(self.home(job.rung) / "tokenizer")
                 tokenizer.save_pretrained(shape)
                 _config(rung | {"mlp": rung["scratch_mlp"]}, len(tokenizer)).save_pretrained(shape)
             return self._trained(job.rung, shape, seed=1000 * (job.base + 1) + job.seed, **training)
         how = self.table["pruning"]
         calibration = {"source": self._train_text(job.rung), "samples": how["samples"], "length": how["calibration_length"]}
-        values = (
+        values: dict[str, Any] = (
             {"training": {"source": self._train_text(job.rung), "length": self.table["length"], **training}} if tokens else {}
         )
-        if not arm.get("uncut"):
+        if source := self.source(job):
+            values |= {"reduce": f"masks(run={self.mask(source)})"}
+        elif not arm.get("uncut"):
             values |= {key: how[key] for key in ("method", "step", "amplitude", "head_metric")}
         data = {
             "method": "magnitude-all", "model": str(base), "budget": "100%" if arm.get("uncut") else str(target),
@@ -239,17 +266,28 @@ class Ladder:
         return read_recipe(data, values=changes, shared=True).fitted()  # all arms share settings that not every method reads
 
     def do(self, job: Job) -> dict[str, Any]:
-        """Run a job and keep its result; the base must be there."""
+        """Run a job and keep its result; the base must be there, and the units that it is cut to."""
+        if (
+            (same := self.tried(job)) is not None
+            and (result := self._found(self._place(same))) is not None
+            and "error" not in result
+        ):
+            if self.mask(same).exists():
+                shutil.copytree(self.mask(same), self.mask(job), dirs_exist_ok=True)
+            return self._keep(job, result | {"swept": False})
         began = time.process_time(), time.perf_counter()
         folder = self.folder / "runs" / job.name
-        recipe = self.recipe(job, self.folder / job.rung / f"base-{job.base}" / "model")
+        recipe = self.recipe(job, self.home(job.rung) / f"base-{job.base}" / "model")
         begun = folder / "recipe.yaml"
         if begun.exists() and read_recipe(begun).training.lr != recipe.training.lr:  # another rate has won since
             shutil.rmtree(folder)
         loop.run(recipe, folder)
+        if any(arm.get("units_of") == job.arm for arm in self.table["arms"].values()):
+            self.mask(job).mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "model" / "mask.json", self.mask(job) / "mask.json")
         done = self._keep(job, self.measured(job.rung, folder / "model") | {
             "lr": recipe.training.lr, "swept": job.lr is not None,
-            "tokens": recipe.training.tokens, "cpu_seconds": time.process_time() - began[0],
+            "tokens": recipe.training.tokens, "parameter_tokens": _parameter_tokens(folder / "log.jsonl"), "cpu_seconds": time.process_time() - began[0],
             "seconds": time.perf_counter() - began[1], "made_by": made_by(),
         })  # fmt: skip
         shutil.rmtree(folder)
@@ -258,7 +296,7 @@ class Ladder:
     def measured(self, rung: str, model: Path) -> dict[str, Any]:
         """Parameters and held-out loss, in nats a token and bits a byte, of a model."""
         loaded = load(str(model))
-        held_out = texts(str(self.folder / rung / "text" / "heldout.jsonl"))
+        held_out = texts(str(self.home(rung) / "text" / "heldout.jsonl"))
         windows = list(
             evaluation_windows(loaded.tokenizer, held_out, window=self.table["length"], max_windows=self.table["heldout_windows"])
         )
@@ -269,7 +307,7 @@ class Ladder:
         }  # fmt: skip
 
     def _train_text(self, rung: str) -> str:
-        return str(self.folder / rung / "text" / "train.jsonl")
+        return str(self.home(rung) / "text" / "train.jsonl")
 
 
 def lr_of(ladder: Ladder, job: Job) -> float:
@@ -288,6 +326,17 @@ def lr_of(ladder: Ladder, job: Job) -> float:
         rates = ladder.table["learning_rates"]["tried"]
         return float(rates[len(rates) // 2])
     return float(min(tried, key=lambda result: result["loss"])["lr"])
+
+
+def _parameter_tokens(log: Path) -> int:
+    """The sum over training tokens of the parameters that the model had; 6 times this are the operations of the training, about."""
+    params = total = read = 0
+    for event in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        if event["event"] in ("start", "cut"):  # a run that goes on starts with the model as it is by now
+            params = event["now"] if event["event"] == "start" else event["params"]
+        elif event["event"] == "step":
+            total, read = total + (event["tokens"] - read) * params, event["tokens"]
+    return total
 
 
 def _whole(tokens: float, batch: int) -> int:

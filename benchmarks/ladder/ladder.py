@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 from jobs import Job, Ladder
 from reporting import write_report
+from transformers.utils import logging
 
 from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.locks import locked
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.screen import quiet_libraries
 
 _GLANCE = 2.0  # seconds until a process that has nothing to do looks again
 
@@ -34,7 +34,7 @@ _GLANCE = 2.0  # seconds until a process that has nothing to do looks again
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=["run", "work", "report"])
-    parser.add_argument("plan", help="quick, long, evening, night or second-night")
+    parser.add_argument("plan", help="quick, long, evening, night, second-night, interleaving-x or interleaving-s")
     parser.add_argument("--folder", type=Path, default=cache_folder() / "ladder")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--train", help="SPEC of the training text; read once, when the folder is new")
@@ -88,7 +88,8 @@ def _in_processes(plan: str, folder: Path, processes: int, ladder: Ladder) -> No
 def work(ladder: Ladder, jobs: Sequence[Job]) -> None:
     """Do the jobs that have no result and that no other process is at, until all have one."""
     torch.set_num_threads(1)
-    quiet_libraries()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     while undone := [job for job in jobs if ladder.result(job) is None]:
         if not any(_tried(ladder, job, jobs) for job in undone):
             time.sleep(_GLANCE)
@@ -100,13 +101,17 @@ def _tried(ladder: Ladder, job: Job, jobs: Sequence[Job]) -> bool:
     sweep = set(ladder.sweep(job.rung, named)) & set(jobs) if isinstance(named, str) and job.lr is None and job.at else ()
     if any(ladder.result(one) is None for one in sweep):
         return False
-    base = ladder.folder / job.rung / f"base-{job.base}"
+    source = ladder.source(job)
+    if source is not None and ladder.result(source) is None:
+        return False
+    home = ladder.home(job.rung)
+    base = home / f"base-{job.base}"
     if not (base / "model").exists():
-        with _claimed(ladder.folder / job.rung / "text.lock") as free:
+        with _claimed(home / "text.lock") as free:
             if not free:
                 return False
             ladder.prepare(job.rung)
-        with _claimed(ladder.folder / job.rung / f"base-{job.base}.lock") as free:
+        with _claimed(home / f"base-{job.base}.lock") as free:
             if not free:
                 return False
             began = time.perf_counter()

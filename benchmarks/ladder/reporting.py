@@ -160,11 +160,51 @@ def tables(results: Sequence[Result], table: Mapping[str, Any]) -> dict[str, lis
         f"* {result['rung']}, base {result['base']}, {result['arm']} at {result['at']:g}, seed {result['seed']}, failed: {result['error']}"
         for result in results if "error" in result
     ]  # fmt: skip
-    return {"claims": claims, "arms": arms, "saved": _saved(by_key, table), "failed": failed}
+    return {"claims": claims, "arms": arms, "work": _equal_work(by_key, table), "saved": _saved(by_key, table), "failed": failed}
 
 
 def _place(table: Mapping[str, Any], says: str) -> int:
     return next(number for number, claim in enumerate(table["claims"]) if claim["says"] == says)
+
+
+def _equal_work(by_key: Mapping[Key, Mapping[tuple[int, int], Result]], table: Mapping[str, Any]) -> list[str]:
+    """Arms beside one cut at as much work, parameters times tokens: one cut's loss is read off its curve on the same base and seed."""
+    lines = [
+        "| rung | arm | tokens a parameter | work, of one cut's | bases | behind one cut at equal tokens, nats | at equal work | 95 % interval |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for (rung, arm, at), runs in sorted(by_key.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])):
+        cuts = {tokens: cut for (its, other, tokens), cut in by_key.items() if (its, other) == (rung, "b") and tokens}
+        more, equal_tokens, equal_work = [], [], defaultdict(list)
+        for pair, run in runs.items():
+            curve = sorted(
+                (cut[pair]["parameter_tokens"], cut[pair]["loss"])
+                for cut in cuts.values()
+                if "parameter_tokens" in cut.get(pair, {})
+            )
+            if arm == "b" or pair not in cuts.get(at, {}) or not run.get("parameter_tokens"):
+                continue
+            one_cut = _loss_at(run["parameter_tokens"], curve)
+            if one_cut is not None:
+                more.append(run["parameter_tokens"] / cuts[at][pair]["parameter_tokens"])
+                equal_tokens.append(run["loss"] - cuts[at][pair]["loss"])
+                equal_work[pair[0]].append(run["loss"] - one_cut)
+        if more:
+            found = Judged.of(list(equal_work.values()))
+            interval = f"{found.mean - found.half:+.4f} to {found.mean + found.half:+.4f}" if math.isfinite(found.half) else "–"
+            lines.append(
+                f"| {rung} | {arm}, {table['arms'][arm]['says']} | {at:g} | {mean(more):.2f} | {found.bases} | {mean(equal_tokens):+.4f} "
+                f"| {found.mean:+.4f} | {interval} |"
+            )
+    return lines if len(lines) > 2 else []
+
+
+def _loss_at(work: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    """The loss of a curve at so much work, linear in log work between its points; None outside."""
+    for (left, above), (right, below) in pairwise(curve):
+        if left <= work <= right:
+            return above + (below - above) * math.log(work / left) / math.log(right / left)
+    return None
 
 
 def _saved(by_key: Mapping[Key, Mapping[tuple[int, int], Result]], table: Mapping[str, Any]) -> list[str]:

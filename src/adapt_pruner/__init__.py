@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapt_pruner.api.exporting import export
     from adapt_pruner.api.measuring import Comparison, Evaluation, Verification, chat, compare, evaluate, verify
-    from adapt_pruner.api.pruning import dry_run, prune, run, shrink
-    from adapt_pruner.api.result import Result
+    from adapt_pruner.api.pruning import Result, dry_run, prune, run, shrink
     from adapt_pruner.checkpoint.load import Loaded, load
     from adapt_pruner.checkpoint.save import save
     from adapt_pruner.core.model.axes import Axis, Gate, Mask, Scores, Slice
@@ -44,7 +43,7 @@ _HOMES = {
     "Loaded": "checkpoint.load",
     "Mask": "core.model.axes",
     "Recipe": "recipe",
-    "Result": "api.result",
+    "Result": "api.pruning",
     "RunError": "errors",
     "Scores": "core.model.axes",
     "Slice": "core.model.axes",

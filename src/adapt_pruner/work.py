@@ -119,7 +119,7 @@ class Reduction:
         return TextUse()
 
     def phases(self, work: "Work", target: int) -> dict[str, Passes]:
-        """Phase of an iteration (see `core.events.Progress`) -> its work on the way to `target` parameters; in order."""
+        """Phase of an iteration (see `core.events.PHASES`) -> its work on the way to `target` parameters; in order."""
         calibration = work.recipe.calibration
         return {"score": Passes(both=calibration.samples * calibration.length)} if self.text_use(work).text else {}
 
@@ -448,10 +448,14 @@ class Work:
             new = [parameter for parameter in self.model.parameters() if id(parameter) not in trained]
             self.optimizer.param_groups[-1]["params"] += new
 
-    def span(self, share: float, *, first: int) -> TrainingSpan:
-        """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on."""
-        end = self.data.ends[self.state.stage - 1]
-        return TrainingSpan(first, min(end, first + max(1, round((end - first) * share))), self.recipe.training.batch_rows)
+    def span(self, share: float, *, first: int, steps: int | None = None) -> TrainingSpan:
+        """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on.
+
+        With `steps` it ends after so many optimiser steps at the latest.
+        """
+        end, batch_rows = self.data.ends[self.state.stage - 1], self.recipe.training.batch_rows
+        rows = max(1, round((end - first) * share))
+        return TrainingSpan(first, min(end, first + (rows if steps is None else min(rows, steps * batch_rows))), batch_rows)
 
     def batches(self, *, ahead: int = 0) -> list[Tensor]:
         """The calibration batches of the next step, or of `ahead` steps later, int64 [batch, length]; counts their tokens."""
@@ -504,7 +508,7 @@ class Work:
         return counting(self.listen, phase, **where)
 
     def begins(self, phase: str, **where: Any) -> None:
-        """Tell the listener that a phase begins (see `core.events.Progress`)."""
+        """Tell the listener that a phase begins (see `core.events.PHASES`)."""
         self.tell(events.Progress(phase=phase, done=0, of=0, **where))
 
     def warn(self, message: str) -> None:

@@ -1,16 +1,13 @@
 """The package from Python: each command as one call, on a name, a folder, a model in memory or a result.
 
-arguments.py   turns callers' arguments into the form that the rest of the package takes; wrong ones are refused in a sentence
-pruning.py     prune, run, shrink
-result.py      what they return
+arguments.py   what arguments take; a wrong one is refused in a sentence; a model in memory gets a folder
+pruning.py     prune, run, shrink, and what they return
 measuring.py   evaluate, compare, verify, chat, and what they return
 exporting.py   export
+benching.py    bench, which only the command line has
+
+The signatures are the only declarations of options: the command line makes its own from them (`cli.options`). So these files load
+torch only when a function is called, because `--help` reads them.
 
 Errors of the rest of the package name options of the command line; here they name arguments (`arguments.in_python`).
 """
-
-import warnings
-
-with warnings.catch_warnings():  # tqdm, which other libraries import, asks for notebook widgets that nothing here needs
-    warnings.filterwarnings("ignore", message="IProgress not found")
-    import tqdm.auto  # noqa: F401

@@ -11,42 +11,46 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, Protocol, TypeVar, get_args, runtime_checkable
 
-import torch
-from torch import nn
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from adapt_pruner import families
-from adapt_pruner.checkpoint.save import save, save_unchecked
 from adapt_pruner.core.events import Event, Warned
-from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_json import to_json
-from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.report.screen import screen
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
-    "Keeper", "Listener", "Name", "Saved", "Spec", "Text", "as_count", "as_overrides", "as_place", "as_size", "as_source", "as_spec", "as_words", "heard", "in_python",
-    "named", "of_kind",
+    "Count", "Keeper", "Listener", "Model", "Name", "Place", "Saved", "Settings", "Size", "Spec", "Takes", "Text", "Window", "as_overrides", "heard",
+    "in_python", "named", "placed", "takes_of",
 ]  # fmt: skip
 
-Name = str | Path
-"""A folder, .gguf file, hub id or packaged model."""
-Spec = str | Path
-"""One text: a file, a folder, a glob, hub:NAME, … (docs/data.md)."""
-Text = Spec | Sequence[Spec] | Mapping[str, float]
-"""One text, several in equal shares, or several with their weights."""
 Listener = Callable[[dict[str, Any]], None]
 """A function of the user that is told of every event, as plain data."""
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
-_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?: ([^\s;()]+))?")
-_ANY_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
-_PACKAGE = Path(families.__file__).parents[1]
-_SHOWN = 60  # the most characters of a value in a sentence
+
+@dataclass(frozen=True)
+class Takes:
+    """What an argument takes, beside its type. Python callers and the command line are held to it alike.
+
+    Attributes:
+        words: the end of a sentence that refuses another value: "give …".
+        metavar: what stands for the value in --help.
+        option: the type of its option.
+        least: the smallest number.
+        most: the largest number.
+    """
+
+    words: str
+    metavar: str | None = None
+    option: Any = str
+    least: int | None = None
+    most: int | None = None
 
 
 @runtime_checkable
@@ -57,6 +61,32 @@ class Saved(Protocol):
     def path(self) -> Path: ...  # noqa: D102
 
 
+Name = str | Path
+"""A folder, .gguf file, hub id or packaged model."""
+Model = Name | Saved | Any
+"""A name, something saved, or a model of transformers with its tokenizer."""
+Place = Annotated[str | Path, Takes("a path, as str or Path", "PATH", Path)]
+Count = Annotated[int, Takes("a whole number of at least 1", None, int, least=1)]
+Window = Annotated[int, Takes("a whole number of at least 2", None, int, least=2)]
+Size = Annotated[str | int, Takes('a share such as "80%", or a number of parameters such as "110M" or 110_000_000')]
+Spec = Annotated[str | Path, Takes("one text, as str or Path: a file, a folder, a glob, or python-docs:heldout", "SPEC")]
+"""One text: a file, a folder, a glob, hub:NAME, … (docs/data.md)."""
+Text = Annotated[
+    str | Path | Sequence[str | Path] | Mapping[str, float],
+    Takes("a file, a folder or another text as str or Path, a list of them, or {text: weight}", "SPEC"),
+]
+"""One text, several in equal shares, or several with their weights."""
+Settings = Annotated[Mapping[str, Any], Takes('a dict such as {"training.lr": 1e-4}')]
+"""Further keys of a recipe."""
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?: ([^\s;()]+))?")
+_ANY_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
+_PACKAGE = Path(__file__).parents[1]
+_SHOWN = 60  # the most characters of a value in a sentence
+
+
 class Keeper:
     """A temporary folder that lives as long as this object."""
 
@@ -65,27 +95,70 @@ class Keeper:
         weakref.finalize(self, shutil.rmtree, self.name, ignore_errors=True)
 
 
+def placed(output: str | Path | None, name: str = "run") -> tuple[Keeper | None, Path]:
+    """The path of the result, and the keeper of a temporary folder if it lies in one.
+
+    Raises:
+        UsageError: it is missing although several processes work together.
+    """
+    if output is not None:
+        return None, expanded(output)
+    from adapt_pruner.core.system import world
+
+    if world.size() > 1:
+        raise UsageError("several processes work together and need one shared folder; give output=")
+    temporary = Keeper()
+    return temporary, Path(temporary.name) / name
+
+
+def takes_of(annotation: Any) -> Takes | None:
+    """What an argument with this annotation takes; None if the annotation does not say."""
+    kinds = (annotation, *get_args(annotation))  # of `Size | None` it is said in Size
+    return next((found for kind in kinds for found in getattr(kind, "__metadata__", ()) if isinstance(found, Takes)), None)
+
+
+def _check(name: str, value: Any, annotation: Any) -> None:
+    takes = takes_of(annotation)
+    if takes is None:
+        return
+    try:
+        TypeAdapter(annotation, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        raise _refused(name, max(error.errors(), key=lambda each: len(each["loc"]))["input"], takes.words) from None
+    if value is None:
+        return
+    if takes.least is not None and value < takes.least:
+        raise UsageError(f"{name} {value} is too small; give {takes.words}")
+    if takes.most is not None and value > takes.most:
+        raise UsageError(f"{name} {value} is too large; give {takes.words}")
+
+
 def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function's errors name its arguments instead of options: `--params 80%` becomes `params="80%"`."""
-    given = inspect.signature(function).parameters
-    names = {f"--{name.replace('_', '-')}": name for name in given}
-    if "calibration" not in given:
+    """Check a function's arguments by their annotations, and let its errors name them instead of options: `--params 80%` is `params="80%"`.
+
+    The command line calls the function inside (`inspect.unwrap`): its parser has checked the same annotations.
+    """
+    signature = inspect.signature(function)
+    names = {f"--{name.replace('_', '-')}": name for name in signature.parameters}
+    if "calibration" not in signature.parameters:
         names["--calibration"] = "text"
-    flags = {name for name, one in given.items() if one.default is False}
+    flags = {name for name, parameter in signature.parameters.items() if parameter.default is False}
 
     @functools.wraps(function)
-    def spoken(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                _check(name, value, signature.parameters[name].annotation)
             return function(*args, **kwargs)
         except (UsageError, RunError) as error:
             error.args = (_respelled(str(error), names, flags),)
             raise
 
-    return spoken
+    return checked
 
 
 def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
-    def one(found: re.Match[str]) -> str:
+    def respelled(found: re.Match[str]) -> str:
         option, behind = found[1], found[2] or ""
         value = behind.rstrip(".,:")
         rest = behind[len(value) :]
@@ -94,7 +167,7 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
         after = f" {rest}" if rest and not value else rest
         if option == "--set":
             key, equals, written = value.partition("=")
-            return ("settings" if not equals else f"settings={{{_quoted(key)}: {_literal(written)}}}") + after
+            return ("settings" if not equals else f"settings={{{to_json(key)}: {_literal(written)}}}") + after
         if option not in names:
             return found[0]
         name = names[option]
@@ -103,30 +176,15 @@ def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
         return (f"{name}={_literal(value)}" if value else name) + after
 
     parts = re.split(r"(`[^`]*`)", sentence)  # commands of a shell stay as they are
-    return "".join(part if part.startswith("`") else _OPTION.sub(one, part) for part in parts)
-
-
-def _quoted(value: str) -> str:
-    return f'"{value}"'
+    return "".join(part if part.startswith("`") else _OPTION.sub(respelled, part) for part in parts)
 
 
 def _literal(written: str) -> str:
-    try:
-        value = value_of(written, "a value")
-    except ValueError:
-        value = written
-    return _quoted(value) if isinstance(value, str) else repr(value)
+    return written if re.fullmatch(r"[\d._]+(e-?\d+)?", written) else to_json(written)
 
 
-def of_kind(name: str, value: Any, kinds: type | tuple[type, ...], remedy: str) -> Any:
-    """The value, if it is of one of these kinds.
-
-    Raises:
-        UsageError: it is of another kind; the sentence names the value, its type and the remedy.
-    """
-    if isinstance(value, kinds) and (not isinstance(value, bool) or bool in (kinds if isinstance(kinds, tuple) else (kinds,))):
-        return value
-    raise UsageError(f"{name} {_shown(value)} is {_a(value)}; give {remedy}")
+def _refused(name: str, value: Any, words: str) -> UsageError:
+    return UsageError(f"{name} {_shown(value)} is {_a(value)}; give {words}")
 
 
 def _shown(value: Any) -> str:
@@ -139,50 +197,11 @@ def _a(value: Any) -> str:
     return "None" if value is None else f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
-def as_place(name: str, value: Any) -> Path:
-    """The path of a folder or file to be written."""
-    return expanded(of_kind(name, value, (str, Path), "a path, as str or Path"))
-
-
-def as_size(name: str, value: Any) -> str:
-    """A number of parameters, or a share of them, in the form of the command line."""
-    return str(of_kind(name, value, (str, int), 'a share such as "80%", or a number of parameters such as "110M" or 110_000_000'))
-
-
-def as_count(name: str, value: Any) -> str:
-    """A count, in the form of the command line."""
-    return str(of_kind(name, value, (str, int), 'a number such as 2_000_000 or "2M"'))
-
-
-def as_words(name: str, value: Any, one: Callable[[str, Any], str]) -> tuple[str, ...]:
-    """One value or several; a string may hold several, separated by commas."""
-    several = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
-    return tuple(one(name, each) for each in several)
-
-
-def as_spec(name: str, value: Any) -> str:
-    """One text."""
-    return str(of_kind(name, value, (str, Path), "one text, as str or Path: a file, a folder, a glob, or python-docs:heldout"))
-
-
-def as_source(name: str, value: Any) -> str | dict[str, float]:
-    """One text, or several with the weight of each."""
-    if isinstance(value, Mapping):
-        return {as_spec(name, spec): weight for spec, weight in value.items()}
-    if isinstance(value, list | tuple):
-        return {as_spec(name, spec): 1.0 for spec in value}
-    return str(
-        of_kind(name, value, (str, Path), "a file, a folder or another text as str or Path, a list of them, or {text: weight}")
-    )
-
-
-def as_overrides(settings: Any) -> list[str]:
-    """Further keys of a recipe, in the form of `--set`."""
-    given = of_kind("settings", {} if settings is None else settings, Mapping, 'a dict such as {"training.lr": 1e-4}')
-    return [
-        f"{of_kind('the key', key, str, 'a key of a recipe as text')}={to_json(_as_data(key, value))}"
-        for key, value in given.items()
-    ]
+def as_overrides(settings: Mapping[str, Any] | list[str] | None) -> list[str]:
+    """Further keys of a recipe, in the form of `--set`; those of the command line have it already."""
+    if isinstance(settings, list):
+        return settings
+    return [f"{key}={to_json(_as_data(key, value))}" for key, value in (settings or {}).items()]
 
 
 def _as_data(key: str, value: Any) -> Any:
@@ -195,13 +214,9 @@ def _as_data(key: str, value: Any) -> Any:
         return str(value)
     if not isinstance(value, str | int | float | None) and callable(item := getattr(value, "item", None)):
         value = item()
-    return of_kind(
-        f"settings[{key!r}]", value, (str, int, float, bool, type(None)), "text, a number, true or false, a list or a table"
-    )
-
-
-def _as_argument(found: re.Match[str]) -> str:
-    return found[1].replace("-", "_")
+    if not isinstance(value, str | int | float | None):
+        raise _refused(f"settings[{key!r}]", value, "text, a number, true or false, a list or a table")
+    return value
 
 
 def _outside() -> int:
@@ -215,7 +230,12 @@ def _outside() -> int:
 @contextmanager
 def heard(listen: Listener | None, *, progress: bool) -> Iterator[Callable[[Event], None]]:
     """A listener that shows progress, or turns warnings into Python's, and tells `listen`; transformers is quiet meanwhile."""
-    from transformers.utils import logging
+    with warnings.catch_warnings():  # tqdm, which transformers imports, asks for notebook widgets that nothing here needs
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from transformers.utils import logging
+
+    from adapt_pruner.core.system import world
+    from adapt_pruner.report.screen import screen
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -227,7 +247,8 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Callable[[Even
                 if progress:
                     shown(event)
                 elif listen is None and isinstance(event, Warned):
-                    warnings.warn(_ANY_OPTION.sub(_as_argument, event.message), stacklevel=_outside())
+                    message = _ANY_OPTION.sub(lambda found: found[1].replace("-", "_"), event.message)
+                    warnings.warn(message, stacklevel=_outside())
                 if listen is not None:
                     listen(event.to_dict())
 
@@ -250,25 +271,26 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
     Raises:
         UsageError: it is none of these, or a model in memory lacks its tokenizer or cannot be written as it is.
     """
-    if isinstance(model, str | Path) or (isinstance(model, Saved) and not isinstance(model, nn.Module)):
+    in_memory = hasattr(model, "config") and hasattr(model, "save_pretrained")
+    if not in_memory and isinstance(model, str | Path | Saved):
         if tokenizer is not None:
             raise UsageError(f"tokenizer belongs to a model in memory, and {_shown(model)} has its own; leave tokenizer out")
         yield str(model.path) if isinstance(model, Saved) else str(model)
         return
-    if not (isinstance(model, nn.Module) and hasattr(model, "config") and hasattr(model, "save_pretrained")):
-        raise UsageError(
-            f"model {_shown(model)} is {_a(model)}; give a folder, a .gguf file, a hub id or a packaged model as str or Path, a result, or a model of "
+    if not in_memory:
+        raise _refused(
+            "model", model, "a folder, a .gguf file, a hub id or a packaged model as str or Path, a result, or a model of "
             "transformers with tokenizer="
-        )
+        )  # fmt: skip
+    from adapt_pruner import families
+    from adapt_pruner.checkpoint.save import save, save_unchecked
+
     dtype = _check_in_memory(model, tokenizer, any_family=any_family)
     with tempfile.TemporaryDirectory(prefix="adapt-pruner-") as place:
-        called = Path(str(getattr(model.config, "_name_or_path", "") or "")).name or "model"
-        folder = Path(place) / called
+        folder = Path(place) / (Path(str(getattr(model.config, "_name_or_path", "") or "")).name or "model")
         twin: Any = copy.copy(model)  # because saving changes config and generation_config
-        twin.config, twin.generation_config = (
-            copy.deepcopy(model.config),
-            copy.deepcopy(getattr(model, "generation_config", None)),
-        )
+        twin.config = copy.deepcopy(model.config)
+        twin.generation_config = copy.deepcopy(getattr(model, "generation_config", None))
         if families.is_known(model.config):
             save(twin, tokenizer, folder, dtype=dtype)
         else:
@@ -277,12 +299,16 @@ def named(model: Any, tokenizer: Any = None, *, any_family: bool = False) -> Ite
         yield str(folder)
 
 
-def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.dtype:
+def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> "torch.dtype":
     """Refuse a model in memory that would not survive saving and loading; returns a number format that holds all its weights.
 
     Raises:
         UsageError: the model is refused.
     """
+    import torch
+
+    from adapt_pruner import families
+
     kind = type(model).__name__
     if not (callable(tokenizer) and hasattr(tokenizer, "save_pretrained")):
         lacks = "without its tokenizer" if tokenizer is None else f"with {_a(tokenizer)} as tokenizer"
@@ -301,5 +327,6 @@ def _check_in_memory(model: Any, tokenizer: Any, *, any_family: bool) -> torch.d
         raise UsageError(f"model is a {kind} that cannot be pruned: {families.why_unknown(model.config)}")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError(f"model is a {kind} with weights on the device meta, which stores no values; load it on a real device")
-    formats: list[torch.dtype] = [one.dtype for one in model.parameters() if one.is_floating_point()]
-    return functools.reduce(torch.promote_types, formats)
+    formats = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
+    dtype: torch.dtype = functools.reduce(torch.promote_types, formats)
+    return dtype

@@ -3,37 +3,46 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from adapt_pruner.api.arguments import (
+    Count,
     Keeper,
     Listener,
-    Name,
-    Saved,
+    Model,
+    Place,
+    Settings,
     Spec,
+    Takes,
+    Window,
     as_overrides,
-    as_place,
-    as_size,
-    as_spec,
-    as_words,
     heard,
     in_python,
     named,
-    of_kind,
+    placed,
 )
-from adapt_pruner.checkpoint.load import load, pick_device
-from adapt_pruner.compare import comparison
-from adapt_pruner.compare.measures import Measures
-from adapt_pruner.compare.models import measured
-from adapt_pruner.compare.request import Request
-from adapt_pruner.compare.table import table
 from adapt_pruner.core.events.words import score
-from adapt_pruner.errors import UsageError
-from adapt_pruner.evaluate.answer import answer, check_asked
-from adapt_pruner.export.verify import prove
-from adapt_pruner.recipe import check_precision
+from adapt_pruner.core.system.files import expanded
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
+
+Draws = Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1, most=1000)]
+Files = Annotated[str | Path | Sequence[str | Path], Takes("one file or several, as str or Path", "FILE", list[Path])]
+Patterns = Annotated[str | Sequence[str], Takes('patterns such as ["50%", "2:4"]', "50%,2:4")]
+Prompt = Annotated[str, Takes("text")]
+Seed = Annotated[int, Takes("a whole number from 0 to 2**63 - 1", None, int, least=0, most=2**63 - 1)]
+Sizes = Annotated[str | int | Sequence[str | int], Takes('sizes such as ["80%", "110M", 90_000_000]')]
+Specs = Annotated[str | Path | Sequence[str | Path], Takes("one text or several, as str or Path", "SPEC", list[str])]
+Temperature = Annotated[float, Takes("a number from 0 to 100 such as 0.7", None, float, least=0, most=100)]
+Whole = Annotated[int, Takes("a whole number of at least 0", None, int, least=0)]
+Words = Annotated[str | Sequence[str], Takes("text, or a list of texts", "NAMES")]
+
+
+def _several(values: str | int | Sequence[str | int] | None) -> tuple[str, ...]:
+    """Several values; text may hold several with commas."""
+    if values is None:
+        return ()
+    return tuple(map(str, values if isinstance(values, list | tuple) else str(values).split(",")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +92,8 @@ class Evaluation:
             lines.append(f"perplexity {self.perplexity:.2f}{bits}, over {self.tokens:,} tokens in {self.windows} windows")
         if self.tokens_per_second is not None:
             lines.append(f"reads {self.tokens_per_second:,.0f} tokens a second")
-        for one in self.tasks:
-            lines.append(f"{one['task']} {score(one['value'], one['stderr'], share=one['accuracy'])} ({one['metric']})")
+        for task in self.tasks:
+            lines.append(f"{task['task']} {score(task['value'], task['stderr'], share=task['accuracy'])} ({task['metric']})")
         return "\n".join(lines)
 
 
@@ -106,13 +115,12 @@ class Verification:
         return self.passed
 
     def __repr__(self) -> str:
-        said = "it computes what the model computes" if "agreement" in self.figures else "it has the zeros that it promises"
         if not self.passed:
             return "\n".join(["it failed:", *self.failures])
         if "agreement" not in self.figures:
-            return said
-        engine, agreement = self.figures["engine"], self.figures["agreement"]
-        return f"{said}: in {engine} the same token is on top at {agreement:.2%} of {self.figures['tokens']:,} tokens"
+            return "it has the zeros that it promises"
+        on_top = f"{self.figures['agreement']:.2%} of {self.figures['tokens']:,} tokens"
+        return f"it computes what the model computes: in {self.figures['engine']} the same token is on top at {on_top}"
 
 
 class Comparison:
@@ -137,6 +145,8 @@ class Comparison:
         return self.path / "compare.html"
 
     def __repr__(self) -> str:
+        from adapt_pruner.compare.table import table
+
         shown = [rows for rows in (self.figures["rows"], self.figures["sparse_rows"]) if len(rows) > 1]
         return "\n\n".join("\n".join(_aligned(*table(rows))) for rows in shown) + f"\n\n{self.path}"
 
@@ -154,17 +164,17 @@ def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 @in_python
 def evaluate(
-    model: Name | Saved | Any,
+    model: Model,
     *,
     tokenizer: Any = None,
     text: Spec | None = None,
-    window: int | None = None,
-    max_windows: int | None = None,
-    tasks: str | Sequence[str] | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    task_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
+    window: Window | None = None,
+    max_windows: Count | None = None,
+    tasks: Words | None = None,
+    num_fewshot: Whole | None = None,
+    limit: Count | None = None,
+    task_dir: Place | None = None,
+    cache_dir: Place | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -176,16 +186,16 @@ def evaluate(
     Args:
         model: name, folder, result, or a model of transformers with its tokenizer, which is written to a temporary folder first.
         tokenizer: needed only for a model in memory.
-        text: the text for perplexity.
+        text: text to measure perplexity on: file, folder, glob, hub:NAME, python-docs:heldout.
         window: tokens per window; windows do not overlap. 512 by default.
-        max_windows: the most windows to read; the whole text by default.
-        tasks: commonsense, mmlu, or names that lm-eval knows (docs/evaluate.md).
-        num_fewshot: examples before each item.
-        limit: the most items of each task.
-        task_dir: folder of lm-eval YAML files; needs `trust_remote_code`.
-        cache_dir: folder that keeps task scores.
-        device: auto, cpu, cuda, …
-        dtype: number format of matrix products: auto, float32 or bfloat16.
+        max_windows: most windows to read; the whole text by default.
+        tasks: tasks to score: commonsense, mmlu, or names that lm-eval knows (docs/evaluate.md).
+        num_fewshot: examples shown before each item; as the task says by default.
+        limit: most items to score in each task; all by default.
+        task_dir: folder of lm-eval YAML files with your own tasks, or with other data for known tasks; needs `trust_remote_code`.
+        cache_dir: folder that keeps task scores, so that no task is scored twice; ~/.cache/adapt-pruner/tasks by default.
+        device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
+        dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
         trust_remote_code: run Python code that comes with the model, a task folder, or a task that lm-eval marks as unsafe.
         progress: show a bar.
         listen: called with every event.
@@ -194,15 +204,16 @@ def evaluate(
         UsageError: the model, text or task is not there, or neither text nor tasks is given.
         RunError: the model's files are damaged, or its loss is not a number.
     """
+    from adapt_pruner.compare.measures import Measures
+
     how = Measures(
-        text=None if text is None else as_spec("text", text), window=None if window is None else _whole("window", window, 2),
-        max_windows=None if max_windows is None else _whole("max_windows", max_windows, 1),
-        tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=None if limit is None else _whole("limit", limit, 1),
-        task_dir=None if task_dir is None else as_place("task_dir", task_dir),
-        cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=check_precision(dtype),
-        trust_remote_code=trust_remote_code,
+        text=None if text is None else str(text), window=window, max_windows=max_windows, tasks=",".join(_several(tasks)) or None,
+        num_fewshot=num_fewshot, limit=limit, task_dir=None if task_dir is None else expanded(task_dir),
+        cache_dir=None if cache_dir is None else expanded(cache_dir), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     how.check()
+    from adapt_pruner.compare.models import measured
+
     with named(model, tokenizer, any_family=True) as name, heard(listen, progress=progress) as tell:
         rows, _ = measured([name], how, listen=tell)
     return Evaluation(**rows[0])
@@ -210,22 +221,22 @@ def evaluate(
 
 @in_python
 def compare(
-    model: Name | Saved | Any,
-    output: str | Path | None = None,
+    model: Model,
+    output: Place | None = None,
     *,
     tokenizer: Any = None,
-    methods: str | Sequence[str],
-    text: Spec | Sequence[Spec],
-    params: str | int | Sequence[str | int] | None = None,
-    sparsity: str | Sequence[str] | None = None,
+    methods: Words,
+    text: Specs,
+    params: Sizes | None = None,
+    sparsity: Patterns | None = None,
     calibration: Spec | None = None,
-    calibration_ids: Sequence[str | Path] | None = None,
-    calibration_samples: int | None = None,
-    calibration_length: int | None = None,
-    draws: int | None = None,
-    window: int = 512,
-    max_windows: int = 40,
-    settings: Mapping[str, Any] | None = None,
+    calibration_ids: Files | None = None,
+    calibration_samples: Count | None = None,
+    calibration_length: Count | None = None,
+    draws: Draws | None = None,
+    window: Window = 512,
+    max_windows: Count = 40,
+    settings: Settings | None = None,
     keep: bool = False,
     device: str = "auto",
     dtype: str = "auto",
@@ -241,21 +252,21 @@ def compare(
         model: name, folder, result, or a model of transformers with its tokenizer.
         output: folder for figures, table, picture and page; without it a temporary one, which lives as long as the result.
         tokenizer: needed only for a model in memory.
-        methods: names from `adapt-pruner methods`.
-        text: one text or several to measure on.
+        methods: names from `adapt-pruner methods`, such as ["magnitude", "random"].
+        text: text to measure on: file, folder, glob, …; one or several.
         params: sizes to prune to, such as ["80%", "60%"], for methods that remove units.
-        sparsity: shares of zeros or patterns, such as ["50%", "2:4"], for methods that make zeros.
-        calibration: text to measure importance on, for every method; None for each method's own.
-        calibration_ids: JSON files of token ids instead of it; each is one draw.
-        calibration_samples: sequences of it per iteration; None for each method's own, mostly 64.
-        calibration_length: tokens per sequence; None for each method's own, mostly 128.
+        sparsity: shares of zeros or patterns, such as ["50%", "2:4"], for methods that make zeros, such as wanda.
+        calibration: text to measure importance on, for every method; each method's own by default.
+        calibration_ids: JSON files with input_ids instead of `calibration`; each file is one draw.
+        calibration_samples: calibration sequences per iteration; each method's own by default, mostly 64.
+        calibration_length: tokens per calibration sequence; each method's own by default, mostly 128.
         draws: seeds per method and size, counted from 0; 3 by default.
-        window: tokens per window.
-        max_windows: the most windows to read of each text.
+        window: tokens per window; windows do not overlap.
+        max_windows: most windows to read of each text.
         settings: further keys of a recipe for every method, such as {"calibration.samples": 16}.
-        keep: keep the pruned checkpoints in `output`/models.
-        device: auto, cpu, cuda, …
-        dtype: number format of matrix products: auto, float32 or bfloat16.
+        keep: keep the pruned checkpoints, in models/ of the folder.
+        device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
+        dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
         trust_remote_code: run Python code that comes with the model.
         progress: show what is done.
         listen: called with every event.
@@ -264,33 +275,33 @@ def compare(
         UsageError: the request cannot be met; nothing has been pruned.
         RunError: the dense model cannot be measured, or something cannot be written. A cell that fails is a row with an `error`.
     """
-    sizes = () if params is None else as_words("params", params, as_size)
-    patterns = () if sparsity is None else as_words("sparsity", sparsity, _word)
-    texts = [as_spec("text", one) for one in (text if isinstance(text, list | tuple) else [text])]
+    from adapt_pruner.compare.request import Request
+
     files = [calibration_ids] if isinstance(calibration_ids, str | Path) else calibration_ids or ()
-    keeper = Keeper() if output is None else None
-    place = Path(keeper.name) / "compared" if keeper is not None else as_place("output", output)
-    with named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
-        asked = Request(
-            model=name, methods=as_words("methods", methods, _word), params=sizes, sparsity=patterns, texts=tuple(texts),
-            calibration=None if calibration is None else as_spec("calibration", calibration),
-            calibration_ids=tuple(str(as_place("calibration_ids", path)) for path in files), calibration_samples=calibration_samples,
-            calibration_length=calibration_length,
-            draws=None if draws is None else _whole("draws", draws, 1), window=_whole("window", window, 2), max_windows=_whole("max_windows", max_windows, 1),
-            overrides=tuple(as_overrides(settings)), device=device, dtype=check_precision(dtype), trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        return Comparison(place, comparison.compare(asked, place, listen=tell, keep=keep), keeper)
+    keeper, place = placed(output, "compared")
+    with named(model, tokenizer) as name:
+        request = Request(
+            model=name, methods=_several(methods), params=_several(params), sparsity=_several(sparsity),
+            texts=tuple(map(str, text if isinstance(text, list | tuple) else [text])), calibration=None if calibration is None else str(calibration),
+            calibration_ids=tuple(str(expanded(path)) for path in files), calibration_samples=calibration_samples,
+            calibration_length=calibration_length, draws=draws, window=window, max_windows=max_windows,
+            overrides=tuple(as_overrides(settings)), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        ).checked()  # fmt: skip
+        from adapt_pruner.compare import comparison
+
+        with heard(listen, progress=progress) as tell:
+            return Comparison(place, comparison.compare(request, place, listen=tell, keep=keep), keeper)
 
 
 @in_python
 def verify(
-    model: Name | Saved | Any,
-    artefact: str | Path | None = None,
+    model: Model,
+    artefact: Place | None = None,
     *,
     tokenizer: Any = None,
     text: Spec = "python-docs:heldout",
-    window: int = 256,
-    max_windows: int = 8,
+    window: Window = 256,
+    max_windows: Count = 8,
     trust_remote_code: bool = False,
     progress: bool = False,
     listen: Listener | None = None,
@@ -301,9 +312,9 @@ def verify(
         model: what was exported.
         artefact: what `export` wrote; without it the zeros of a sparse model are checked.
         tokenizer: needed only for a model in memory.
-        text: text to compare on.
-        window: tokens per window.
-        max_windows: the most windows to read.
+        text: text to compare on: file, folder, glob, hub:NAME, …
+        window: tokens per window; windows do not overlap.
+        max_windows: most windows to read.
         trust_remote_code: run Python code that a foreign folder brings.
         progress: show a bar.
         listen: called with every event.
@@ -315,25 +326,27 @@ def verify(
         UsageError: there is no such model, artefact or text, an engine is not installed, or there is nothing to check.
         RunError: files are damaged, or the artefact is of another model.
     """
+    from adapt_pruner.export.verify import prove
+
+    file = None if artefact is None else expanded(artefact)
     with named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
         figures = prove(
-            name, None if artefact is None else as_place("artefact", artefact), text=as_spec("text", text), window=_whole("window", window, 2),
-            max_windows=_whole("max_windows", max_windows, 1), trust_remote_code=trust_remote_code, listen=tell,
-        )  # fmt: skip
+            name, file, text=str(text), window=window, max_windows=max_windows, trust_remote_code=trust_remote_code, listen=tell
+        )
     failures = [*figures.get("failures", []), *(figures.get("sparsity") or {}).get("failures", [])]
     return Verification(passed=figures["passed"], failures=failures, figures=figures)
 
 
 @in_python
 def chat(
-    model: Name | Saved | Any,
-    prompt: str,
+    model: Model,
+    prompt: Prompt,
     *,
     tokenizer: Any = None,
     system: str | None = None,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int | None = None,
+    max_new_tokens: Count = 200,
+    temperature: Temperature = 0.0,
+    seed: Seed | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -346,35 +359,25 @@ def chat(
         tokenizer: needed only for a model in memory.
         system: system message before the prompt.
         max_new_tokens: longest answer, in tokens.
-        temperature: 0 takes the likeliest token each time; a higher value draws at random.
-        seed: seed of these draws; 0 by default.
-        device: auto, cpu, cuda, …
-        dtype: number format of matrix products: auto, float32 or bfloat16.
+        temperature: 0 always takes the likeliest token; a higher value draws tokens at random.
+        seed: seed of the random draws of `temperature`; 0 by default.
+        device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
+        dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
         trust_remote_code: run Python code that comes with the model.
 
     Raises:
         UsageError: there is no such model, or the prompt is empty or too long for it.
         RunError: the model's files are damaged, or a logit is not a number.
     """
+    from adapt_pruner.checkpoint.load import load, pick_device
+    from adapt_pruner.evaluate.answer import answer, check_asked
+    from adapt_pruner.recipe import check_precision
+
     check_precision(dtype)
-    _whole("max_new_tokens", max_new_tokens, 1)
-    if of_kind("temperature", temperature, (int, float), "0 or a positive number") < 0:
-        raise UsageError(f"temperature {temperature} is below 0; give 0, or a positive number such as 0.7")
-    check_asked(_word("prompt", prompt), temperature=temperature, seed=seed)
+    check_asked(prompt, temperature=temperature, seed=seed)
     with named(model, tokenizer, any_family=True) as name, heard(None, progress=False):
         loaded = load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
-        said = answer(
+        return answer(
             loaded.model, loaded.tokenizer, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed or 0,
             dtype=dtype,
-        )  # fmt: skip
-    return said.text
-
-
-def _word(name: str, value: Any) -> str:
-    return str(of_kind(name, value, str, "text"))
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if of_kind(name, value, int, f"a whole number of at least {least}") < least:
-        raise UsageError(f"{name} {value} is too small; give a whole number of at least {least}")
-    return int(value)
+        ).text  # fmt: skip

@@ -1,61 +1,212 @@
-"""`prune`, `run` and `shrink`: make a smaller model out of a larger one, in one call each."""
+"""`prune`, `run` and `shrink`: make a smaller model out of a larger one, in one call each; and their result."""
 
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from adapt_pruner import recipe as recipes
 from adapt_pruner.api.arguments import (
+    Count,
     Keeper,
     Listener,
+    Model,
     Name,
-    Saved,
+    Place,
+    Settings,
+    Size,
     Spec,
+    Takes,
     Text,
-    as_count,
     as_overrides,
-    as_place,
-    as_size,
-    as_source,
-    as_spec,
     heard,
     in_python,
     named,
-    of_kind,
+    placed,
 )
-from adapt_pruner.api.result import Result
+from adapt_pruner.api.exporting import export
+from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.core.events import Event
-from adapt_pruner.core.system import world
+from adapt_pruner.core.events.words import measured_text, millions, span
+from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe
-from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.report import with_card
-from adapt_pruner.run import forecast
-from adapt_pruner.run.folder import figures_of
-from adapt_pruner.run.in_time import recipe_in_time
-from adapt_pruner.run.rules import how_long
-from adapt_pruner.run.threads import kept_threads
 
-__all__ = ["dry_run", "prune", "run", "shrink"]
+if TYPE_CHECKING:
+    from adapt_pruner.checkpoint.load import Loaded
+    from adapt_pruner.core.model.axes import Mask
+    from adapt_pruner.recipe import Recipe
+
+__all__ = ["Result", "dry_run", "prune", "run", "shrink"]
+
+Latency = Annotated[str, Takes('a share of the dense model\'s time such as "0.7x"', "0.7x")]
+Sparsity = Annotated[str, Takes('a share of zeros such as "50%", or a pattern such as "2:4"', "50%|2:4")]
+Hours = Annotated[float, Takes("a number such as 60", None, float)]
+_KEYS = {
+    "params": "budget", "text": "calibration.source", "calibration_samples": "calibration.samples",
+    "calibration_length": "calibration.length", "calibration_ids": "calibration.ids",
+}  # fmt: skip
+"""Argument -> the key of a recipe that it sets, where the two have different names."""
+
+
+class Result:
+    """A pruned model.
+
+    The model lies in a folder, and every method but `model` and `tokenizer` works on that folder. Without an `output` the folder is a
+    temporary one, which lives as long as this object; `save` keeps it.
+
+    Attributes:
+        path: the folder of the model.
+        recipe: the recipe that was run.
+        figures: what was measured on the way: `params_before`, `params_after`, `calibration_losses`, `seconds`, …
+        history: a note on each step of pruning.
+        mask: which units of the model at the start stayed.
+    """
+
+    def __init__(
+        self, path: Path, recipe: "Recipe", figures: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), mask: "Mask | None" = None,
+        run_dir: Path | None = None, events: Sequence[Event] = (), trust_remote_code: bool = False, keeper: Keeper | None = None,
+    ) -> None:  # fmt: skip
+        self.path, self.recipe, self.figures, self.history = path, recipe, dict(figures), list(history)
+        self._mask, self._run_dir, self._events, self._trust, self._keeper = mask, run_dir, events, trust_remote_code, keeper
+
+    @cached_property
+    def loaded(self) -> "Loaded":
+        """The model with everything that belongs to it, in float32; loaded at first use."""
+        from adapt_pruner.checkpoint.load import load, pick_device
+
+        return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust)
+
+    @property
+    def model(self) -> Any:
+        """The model as a transformers model, in float32, on the recipe's device."""
+        return self.loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the model."""
+        return self.loaded.tokenizer
+
+    @property
+    def mask(self) -> "Mask":
+        """Which units of the model at the start stayed; for a run that was finished before, of the dense model."""
+        from adapt_pruner.core.model.axes import Mask
+
+        return self._mask if self._mask is not None else self.loaded.mask or Mask()
+
+    @in_python
+    def save(self, output: Place) -> Path:
+        """Copy the model to a new or empty folder; if it was in a temporary folder, it lies there from now on.
+
+        Raises:
+            UsageError: `output` is not empty.
+            RunError: the copy could not be written; nothing is left there.
+        """
+        from adapt_pruner.checkpoint.save import check_target, whole_or_nothing
+
+        place = expanded(output)
+        check_target(place)
+        with whole_or_nothing(place) as folder:
+            shutil.copytree(self.path, folder, dirs_exist_ok=True)
+        if self._keeper is not None:
+            self.path = place
+        return place
+
+    def evaluate(
+        self, text: Spec | None = None, *, window: int | None = None, max_windows: int | None = None, tasks: str | Sequence[str] | None = None,
+        progress: bool = False,
+    ) -> Evaluation:  # fmt: skip
+        """Measure perplexity and speed on a text, scores on tasks, or both, as `adapt_pruner.evaluate` does."""
+        return evaluate(
+            self, text=text, window=window, max_windows=max_windows, tasks=tasks, device=self.recipe.device, trust_remote_code=self._trust,
+            progress=progress,
+        )  # fmt: skip
+
+    def export(
+        self, to: str, output: str | Path, *, quant: str | None = None, pad: int | None = None, progress: bool = False
+    ) -> Path:
+        """Write the model in the form of another tool, as `adapt_pruner.export` does."""
+        return export(self, to, output, quant=quant, pad=pad, trust_remote_code=self._trust, progress=progress)
+
+    def chat(self, prompt: str, *, system: str | None = None, max_new_tokens: int = 200, temperature: float = 0.0) -> str:
+        """What the model answers, as `adapt_pruner.chat` gives it."""
+        return chat(
+            self, prompt, system=system, max_new_tokens=max_new_tokens, temperature=temperature, device=self.recipe.device,
+            trust_remote_code=self._trust,
+        )  # fmt: skip
+
+    @in_python
+    def report(self, output: Place | None = None) -> Path:
+        """Write the run as one HTML page: before and after, anatomy, reasons, cost.
+
+        Args:
+            output: the page; by default report.html in a run's folder, else FOLDER.html beside the model's folder.
+
+        Returns:
+            Where it was written.
+
+        Raises:
+            UsageError: a file that is not a page of ours would be overwritten.
+            RunError: the page could not be written.
+        """
+        from adapt_pruner.report.page import check_page, page, write_page
+        from adapt_pruner.report.record import read_record, record_of_result
+
+        if self._run_dir is not None:
+            record, place = read_record(self._run_dir), self._run_dir / "report.html"
+        else:
+            record, place = record_of_result(self.path, self._events), self.path.with_name(f"{self.path.name}.html")
+        place = place if output is None else expanded(output)
+        check_page(place, self._run_dir or self.path)
+        return write_page(place, page(record))
+
+    def __repr__(self) -> str:
+        """Five lines: kind, size, loss, cost, place."""
+        figures = self.figures
+        before, after = figures["params_before"], figures["params_after"]
+        inside = figures["decoder_params_before"], figures["decoder_params_after"]
+        trained = f", trained on {figures['trained_tokens']:,} tokens" if figures.get("trained_tokens") else ""
+        memory = f", {figures['peak_rss_bytes'] / 2**30:.1f} GiB at the peak" if "peak_rss_bytes" in figures else ""
+        temporary = self._keeper is not None and self.path.is_relative_to(self._keeper.name)
+        kept = ", which is temporary: .save(folder) keeps the model" if temporary else ""
+        return "\n".join(
+            [
+                f"{Path(self.recipe.model).name} pruned by {self.recipe.method}{trained}",
+                f"parameters  {before:,} → {after:,} ({after / before:.1%}; of the decoder {inside[1] / inside[0]:.1%})",
+                f"loss        {self._said_loss()}",
+                f"time        {span(figures['seconds'])}{memory}",
+                f"folder      {self.path}{kept}",
+            ]
+        )
+
+    def _said_loss(self) -> str:
+        """The loss before and after, if known; of held-out text if there is some."""
+        measured = [value for value in self.figures.get("perplexities") or [] if value is not None]
+        if len(measured) > 1:
+            return f"perplexity {measured[0]:.2f} → {measured[-1]:.2f} on {measured_text(self.figures)}"
+        losses = [value for value in self.figures.get("calibration_losses") or [] if value is not None]
+        if len(losses) > 1:
+            return f"{losses[0]:.3f} → {losses[-1]:.3f} nats a token on the calibration text"
+        return f"not measured; .evaluate(text) measures it, with {millions(self.figures['params_after'])} parameters"
 
 
 @in_python
 def prune(
-    model: Name | Saved | Recipe | Any,
-    output: str | Path | None = None,
+    model: "Model | Recipe",
+    output: Place | None = None,
     *,
     tokenizer: Any = None,
-    params: str | int | None = None,
-    latency: str | None = None,
+    params: Size | None = None,
+    latency: Latency | None = None,
     latency_of: str | None = None,
-    sparsity: str | None = None,
-    method: str | None = None,
+    sparsity: Sparsity | None = None,
+    method: Annotated[str, Takes("a name from `adapt-pruner methods`")] | None = None,
     text: Text | None = None,
-    calibration_samples: int | None = None,
-    calibration_length: int | None = None,
-    calibration_ids: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
+    calibration_samples: Count | None = None,
+    calibration_length: Count | None = None,
+    calibration_ids: Place | None = None,
+    settings: Settings | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -69,24 +220,26 @@ def prune(
     size on disk and the seconds to write and read it. Warnings are Python warnings, with `progress` lines, with `listen` events.
 
     Args:
-        model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe,
-            which replaces the arguments from `tokenizer` to `dtype`.
+        model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe
+            (a Recipe, or a file that ends in .yaml), which replaces the arguments from `tokenizer` to `dtype`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
-        latency: instead of `params`: time that the pruned model may take, as a share of the dense model's, "0.7x"; measured here.
-        latency_of: what `latency` times: prefill or decode.
-        sparsity: instead of `params`, for methods that make zeros: "50%" or "2:4".
-        method: a name from `adapt-pruner methods`.
+        latency: instead of `params`: time that the pruned model may take, as a share of the dense model's, such as "0.7x";
+            measured on this machine.
+        latency_of: what `latency` times: prefill (reading a prompt, the default) or decode (writing the answer).
+        sparsity: instead of `params`, for methods that make zeros (wanda, sparsegpt, fistapruner, magnitude-sparse): the share of
+            the weights of linear layers that become zero, "50%", or N of every M that stay, "2:4".
+        method: pruning method; `adapt-pruner methods` lists them; adaptive-ls-v1 by default.
         text: text to measure importance on: a SPEC as in docs/data.md, a list of them, or {SPEC: weight}; "self" is
             self-written text, which the model writes first, and is the default; text of your own gives a better model.
-        calibration_samples: sequences of it per iteration; 64 by default.
-        calibration_length: tokens per sequence; 128 by default.
-        calibration_ids: JSON file with input_ids: exactly these tokens instead of a text.
+        calibration_samples: calibration sequences per iteration; 64 by default.
+        calibration_length: tokens per calibration sequence; 128 by default.
+        calibration_ids: JSON file with input_ids: calibrate on exactly these tokens instead of a text.
         settings: further keys of a recipe, such as {"multiple_of": 64, "calibration.self_generated": 0}.
         seed: seed of all random draws.
-        device: auto (a GPU if there is one), cpu, cuda, cuda:1, …
-        dtype: number format of matrix products: auto, float32 or bfloat16.
+        device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
+        dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
         trust_remote_code: run Python code that comes with the model.
         progress: show a bar, in a terminal and in a notebook.
         listen: called with every event, as a plain dict.
@@ -98,37 +251,33 @@ def prune(
         UsageError: the model, text, size or an argument is not what it should be, or `output` is not empty.
         RunError: a loss is not finite, or the result cannot be written.
     """
-    keep, place = _place(output, "model")
-    if isinstance(model, Recipe):
-        alone = {
-            "tokenizer": tokenizer, "params": params, "latency": latency, "latency_of": latency_of, "sparsity": sparsity, "method": method,
-            "text": text, "calibration_samples": calibration_samples, "calibration_length": calibration_length,
-            "calibration_ids": calibration_ids, "settings": settings, "seed": seed or None, "device": None if device == "auto" else device,
-            "dtype": None if dtype == "auto" else dtype,
-        }  # fmt: skip
-        if given := [name for name, value in alone.items() if value is not None]:
-            raise UsageError(
-                f"{' and '.join(given)} would be ignored, since a recipe sets everything itself; put it into the recipe"
-            )
-        return _pruned(model, place, keep, trust_remote_code, progress, listen)
-    overrides = as_overrides(settings)
-    asked = {
-        "budget": None if params is None else as_size("params", params), "latency": latency, "latency_of": latency_of, "sparsity": sparsity,
-        "method": None if method is None else of_kind("method", method, str, "a name from `adapt-pruner methods`"),
-        "calibration.source": None if text is None else as_source("text", text), "calibration.samples": calibration_samples,
-        "calibration.length": calibration_length,
-        "calibration.ids": None if calibration_ids is None else str(as_place("calibration_ids", calibration_ids)), "seed": seed,
-        "device": device, "dtype": dtype,
+    from adapt_pruner import recipe as recipes
+    from adapt_pruner.recipe.prune_recipe import to_prune
+    from adapt_pruner.report import with_card
+
+    keep, place = placed(output, "model")
+    options = {
+        "params": params, "latency": latency, "latency_of": latency_of, "sparsity": sparsity, "method": method, "text": _source(text),
+        "calibration_samples": calibration_samples, "calibration_length": calibration_length,
+        "calibration_ids": None if calibration_ids is None else str(expanded(calibration_ids)), "seed": seed or None,
+        "device": None if device == "auto" else device, "dtype": None if dtype == "auto" else dtype,
     }  # fmt: skip
-    with named(model, tokenizer) as name:
-        return _pruned(to_prune({"model": name, **asked}, overrides=overrides), place, keep, trust_remote_code, progress, listen)
-
-
-def _pruned(
-    recipe: Recipe, place: Path, keep: Keeper | None, trust_remote_code: bool, progress: bool, listen: Listener | None
-) -> Result:
     events: list[Event] = []
-    with heard(listen, progress=progress) as tell:
+    with ExitStack() as stack:
+        if isinstance(model, str | Path) and str(model).endswith(".yaml"):
+            model = recipes.read(str(model))
+        if isinstance(model, recipes.Recipe):
+            others = {"tokenizer": tokenizer, "settings": settings, **options}
+            if ignored := [name for name, value in others.items() if value is not None]:
+                raise UsageError(
+                    f"{' and '.join(ignored)} would be ignored, since a recipe sets everything itself; put it into the recipe"
+                )
+            recipe = model
+        else:
+            keys = {_KEYS.get(name, name): value for name, value in options.items() if value is not None}
+            overrides = as_overrides(settings)
+            recipe = to_prune({"model": stack.enter_context(named(model, tokenizer)), **keys}, overrides=overrides)
+        tell = stack.enter_context(heard(listen, progress=progress))
 
         def noted(event: Event) -> None:
             events.append(event.model_copy(update={"time": time.time()}))
@@ -140,12 +289,21 @@ def _pruned(
     )  # fmt: skip
 
 
+def _source(text: Any) -> str | dict[str, float] | None:
+    """A text of an argument as a recipe has it."""
+    if text is None:
+        return None
+    if isinstance(text, str | Path):
+        return str(text)
+    return {str(spec): text[spec] if isinstance(text, Mapping) else 1.0 for spec in text}
+
+
 @in_python
 def run(
-    recipe: Recipe | Name,
-    output: str | Path | None = None,
+    recipe: "Recipe | Name",
+    output: Place | None = None,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
     trust_remote_code: bool = False,
     force_recipe: bool = False,
     progress: bool = False,
@@ -168,27 +326,31 @@ def run(
         UsageError: the recipe does not fit the model or the folder; nothing has been changed.
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
-    keep, place = _place(output)
+    from adapt_pruner import recipe as recipes
+
+    keep, place = placed(output)
     overrides = as_overrides(settings)
-    if not isinstance(recipe, Recipe):
-        recipe = recipes.read(str(of_kind("recipe", recipe, (str, Path), "a Recipe, a YAML file or a name")), overrides=overrides)
+    if not isinstance(recipe, recipes.Recipe):
+        recipe = recipes.read(str(recipe), overrides=overrides)
     elif overrides:
         raise UsageError("settings would be ignored, since a Recipe sets everything itself; put them into the recipe")
-    return _ran(recipe.ready(), place, keep, trust_remote_code, progress, listen, force_recipe=force_recipe)
+    recipe = recipe.ready()
+    with heard(listen, progress=progress) as tell:
+        return _ran(recipe, place, keep, tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
 
 
 @in_python
 def shrink(
-    model: Name | Saved | Any,
-    output: str | Path | None = None,
+    model: Model,
+    output: Place | None = None,
     *,
     tokenizer: Any = None,
-    params: str | int,
+    params: Size,
     text: Spec | None = None,
-    minutes: float | None = None,
-    hours: float | None = None,
-    tokens: str | int | None = None,
-    settings: Mapping[str, Any] | None = None,
+    minutes: Hours | None = None,
+    hours: Hours | None = None,
+    tokens: Annotated[str | int, Takes('a number such as 2_000_000 or "2M"')] | None = None,
+    settings: Settings | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -204,14 +366,15 @@ def shrink(
             A stopped run of a model in memory cannot go on, since its recipe names a copy that is gone; save the model first.
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
-        text: your text: it is trained and calibrated on, and a part is held out. Python's language reference by default.
-        minutes: the time that it may take.
-        hours: instead of `minutes`.
+        text: your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. By default
+            Python's language reference.
+        minutes: minutes that the whole run may take.
+        hours: instead of `minutes`: hours.
         tokens: instead of `minutes`: tokens to train on, such as "2M".
         settings: further keys of a recipe.
         seed: seed of all random draws.
-        device: auto (a GPU if there is one), cpu, cuda, cuda:1, …
-        dtype: number format of matrix products: auto, float32 or bfloat16.
+        device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
+        dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
         trust_remote_code: run Python code that comes with the model.
         progress: show the plan and a bar.
         listen: called with every event, as a plain dict.
@@ -221,24 +384,23 @@ def shrink(
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     started = time.perf_counter()
-    for name, value in (("minutes", minutes), ("hours", hours)):
-        of_kind(name, value, (int, float, type(None)), "a number such as 60")
-    long = how_long(minutes, hours, None if tokens is None else as_count("tokens", tokens))
-    keep, place = _place(output)
+    from adapt_pruner.run.probe import kept_threads
+    from adapt_pruner.run.shrink import how_long, recipe_in_time
+
+    long = how_long(minutes, hours, None if tokens is None else str(tokens))
+    keep, place = placed(output)
     overrides = as_overrides(settings)
-    spec = None if text is None else as_spec("text", text)
-    size = as_size("params", params)
-    with kept_threads(), named(model, tokenizer) as name:
-        common = {"model": name, "budget": size, "seed": seed, "device": device, "dtype": dtype}
-        with heard(listen, progress=progress) as tell:
-            recipe = recipe_in_time(
-                common, place, text=spec, long=long, overrides=overrides, started=started, listen=tell, trust_remote_code=trust_remote_code
-            )  # fmt: skip
-        return _ran(recipe, place, keep, trust_remote_code, progress, listen)
+    with kept_threads(), named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
+        common = {"model": name, "budget": str(params), "seed": seed, "device": device, "dtype": dtype}
+        recipe = recipe_in_time(
+            common, place, text=None if text is None else str(text), long=long, overrides=overrides, started=started, listen=tell,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return _ran(recipe, place, keep, tell, trust_remote_code=trust_remote_code)
 
 
 def dry_run(
-    recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
+    recipe: "Recipe", *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1
 ) -> dict[str, Any]:
     """The plan of a run, with its time and memory; nothing is written.
 
@@ -256,37 +418,26 @@ def dry_run(
     Raises:
         UsageError: the recipe does not fit the model, or a text, task or package is missing.
     """
+    from adapt_pruner.run import forecast
+
     return forecast.dry_run(
         recipe, listen=lambda event: listen(event.to_dict()), trust_remote_code=trust_remote_code, processes=processes
     )
 
 
 def _ran(
-    recipe: Recipe,
+    recipe: "Recipe",
     place: Path,
     keep: Keeper | None,
-    trust_remote_code: bool,
-    progress: bool,
-    listen: Listener | None,
+    tell: Callable[[Event], None],
     *,
+    trust_remote_code: bool,
     force_recipe: bool = False,
 ) -> Result:
-    with heard(listen, progress=progress) as tell:
-        outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
-    known: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
+    from adapt_pruner.report import with_card
+    from adapt_pruner.run.folder import figures_of
+
+    outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
+    kept: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures
-    return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **known)
-
-
-def _place(output: Any, name: str = "run") -> tuple[Keeper | None, Path]:
-    """The path of the result, and the keeper of a temporary folder if it lies in one.
-
-    Raises:
-        UsageError: `output` is no path, or it is missing although several processes work together.
-    """
-    if output is not None:
-        return None, as_place("output", output)
-    if world.size() > 1:
-        raise UsageError("several processes work together and need one shared folder; give output=")
-    temporary = Keeper()
-    return temporary, Path(temporary.name) / name
+    return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept)

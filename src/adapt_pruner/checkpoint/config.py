@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import stock_type
 from adapt_pruner.checkpoint.save import needs_own_code
 from adapt_pruner.checkpoint.untrusted import code_in, without_code
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 

@@ -70,9 +70,9 @@ def origin(name: str) -> dict[str, Any]:
     return said_of_base(base)
 
 
-def said_of_base(told: Mapping[str, Any]) -> dict[str, Any]:
+def said_of_base(facts_read: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of a model's origin, restricted to valid values: one line each, a hub name, an address."""
-    facts = {key: one_line(value) for key in _SAID if isinstance(value := told.get(key), str) and one_line(value)}
+    facts = {key: one_line(value) for key in _SAID if isinstance(value := facts_read.get(key), str) and one_line(value)}
     if not re.fullmatch(_HUB_ID, facts.get("hub", "")):
         facts.pop("hub", None)
     if not re.fullmatch(r"https?://[^\s<>()|`\\\"']+", facts.get("license_link", "")):

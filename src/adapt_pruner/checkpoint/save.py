@@ -25,9 +25,9 @@ import torch
 from transformers import GenerationConfig
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint import modeling_pruned, modeling_sliced
 from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
+from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
@@ -45,9 +45,11 @@ __all__ = [
     "check_fits",
     "check_target",
     "needs_own_code",
+    "or_unwritten",
     "save",
     "save_unchecked",
     "stock_class",
+    "unwritten",
     "whole_or_nothing",
     "write_generation_config",
 ]
@@ -92,26 +94,35 @@ def whole_or_nothing(path: Path) -> Iterator[Path]:
         RunError: the folder could not be written (disk full, no permission); nothing is left under `path`.
     """
     path = path.resolve()  # a folder can be renamed to its full name, but not to "." or to a link
+    with or_unwritten(path), folder_beside(path) as partial:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files readable by their owner only
+            sync(file)
+        sync(partial)
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        if path.exists():
+            rescued = named(partial, path.with_name(f"{path.name}-{partial.name[-8:]}"))
+            raise RunError(f"another program wrote into {path} meanwhile; the complete result is in {rescued}")
+        named(partial, path)
+        sync(path.parent)
+
+
+@contextmanager
+def or_unwritten(path: Path) -> Iterator[None]:
+    """Within this context a failure of the disk is told as one.
+
+    Raises:
+        RunError: `path` could not be written.
+    """
     try:
-        with folder_beside(path) as partial:
-            yield partial
-            for file in partial.rglob("*"):
-                if file.is_file():
-                    file.chmod(partial.stat().st_mode & 0o666)  # safetensors makes files readable by their owner only
-                sync(file)
-            sync(partial)
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
-            if path.exists():
-                rescued = named(partial, path.with_name(f"{path.name}-{partial.name[-8:]}"))
-                raise RunError(f"another program wrote into {path} meanwhile; the complete result is in {rescued}")
-            named(partial, path)
-            sync(path.parent)
+        yield
     except Exception as error:
-        reason = write_failure(error)
-        if reason is None:
+        if (reason := write_failure(error)) is None:
             raise
-        raise _unwritten(path, reason) from error
+        raise unwritten(path, reason) from error
 
 
 def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -132,7 +143,7 @@ def check_fits(path: Path, *files: Mapping[str, torch.Tensor], dtype: torch.dtyp
             sum(tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize for tensor in distinct)
         )
     if reason := lacks_disk_space(path, sum(sizes), largest=min(max(sizes), SHARD_BYTES)):
-        raise _unwritten(path, reason)
+        raise unwritten(path, reason)
 
 
 def check_finite(path: Path, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> None:
@@ -161,7 +172,8 @@ def check_finite(path: Path, tensors: Mapping[str, torch.Tensor], *, dtype: torc
                 )
 
 
-def _unwritten(path: Path, reason: str) -> RunError:
+def unwritten(path: Path, reason: str) -> RunError:
+    """The error to raise if nothing could be written to `path`."""
     return RunError(f"{path} could not be written: {reason}; nothing was left there, free some space or name another folder")
 
 
@@ -203,7 +215,7 @@ def save(
         tokenizer.save_pretrained(folder)
         write_compatible_names(folder)
         for name in _built_by(config)[1]:
-            shutil.copyfile(Path(__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+            shutil.copyfile(Path(str(modeling_pruned.__file__)).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
             (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if weight_mask is not None:

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -21,21 +21,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from adapt_pruner.cli.bench import bench
-from adapt_pruner.cli.card import card
 from adapt_pruner.cli.chat import chat
-from adapt_pruner.cli.compare import compare
-from adapt_pruner.cli.evaluate import evaluate
-from adapt_pruner.cli.export import export
-from adapt_pruner.cli.inspect import inspect
-from adapt_pruner.cli.methods import methods
-from adapt_pruner.cli.prune import prune
-from adapt_pruner.cli.push import push
-from adapt_pruner.cli.recipes import recipes
+from adapt_pruner.cli.comparing import bench, compare
+from adapt_pruner.cli.exporting import card, export, push
+from adapt_pruner.cli.listings import inspect, methods, recipes
+from adapt_pruner.cli.measuring import evaluate, verify
+from adapt_pruner.cli.pruning import prune, run, shrink
 from adapt_pruner.cli.report import report
-from adapt_pruner.cli.run import run
-from adapt_pruner.cli.shrink import shrink
-from adapt_pruner.cli.verify import verify
 from adapt_pruner.cli.watch import watch
 from adapt_pruner.core.system.files import disk_full_reason, expanded
 from adapt_pruner.core.system.terminal import filtered
@@ -44,24 +36,15 @@ from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memor
 __all__ = ["app", "main", "program"]
 
 
-def _without_types(parameters: Iterable[Any]) -> None:
-    """Change the parameters in place, so that --help shows no <bool> beside a flag."""
-    for parameter in parameters:
-        if getattr(parameter, "is_flag", False):
-            parameter.metavar = ""
-
-
 class _PlainHelp:
     """Show no <bool> beside a flag in --help."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        _without_types(self.params)  # type: ignore[attr-defined]
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)  # type: ignore[misc]
-        _without_types([option])
-        return option
+    def get_params(self, ctx: Any) -> list[Any]:
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
 
 
 class _Group(_PlainHelp, TyperGroup):
@@ -81,11 +64,10 @@ class _Command(_PlainHelp, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         args = [re.sub(r"^(--[\w-]+=)(~[\w.-]*)(?=/|$)", lambda found: found[1] + str(expanded(found[2])), word) for word in args]
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
-        given: Counter[Any] = Counter(
-            parameter for parameter in order if parameter.param_type_name == "option" and not parameter.multiple
-        )
+        given: Counter[Any] = Counter(order)
         for option, times in given.items():
-            if times > 1 and not option.is_flag:
+            once = option.param_type_name == "option" and not option.multiple and not option.is_flag
+            if times > 1 and once:
                 raise UsageError(f"{'/'.join(option.opts)} is given {times} times and takes one value; give it once")
         return super().parse_args(ctx, args)
 
@@ -101,29 +83,14 @@ app = typer.Typer(
     "`adapt-pruner shrink smollm2-135m-instruct --params 110M --minutes 15 -o small`. "
     "`adapt-pruner COMMAND --help` explains a command.",
 )
-for command, name in (
-    (shrink, "shrink"),
-    (prune, "prune"),
-    (run, "run"),
-    (watch, "watch"),
-    (report, "report"),
-    (evaluate, "eval"),
-    (compare, "compare"),
-    (bench, "bench"),
-    (export, "export"),
-    (verify, "verify"),
-    (card, "card"),
-    (push, "push"),
-    (chat, "chat"),
-    (inspect, "inspect"),
-    (methods, "methods"),
-    (recipes, "recipes"),
-):
-    app.command(name, cls=_Command)(command)
+for command in (
+    shrink, prune, run, watch, report, evaluate, compare, bench, export, verify, card, push, chat, inspect, methods, recipes,
+):  # fmt: skip
+    app.command("eval" if command is evaluate else command.__name__, cls=_Command)(command)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         import platform
 
         from adapt_pruner.core.system.provenance import made_by
@@ -143,7 +110,8 @@ def _options(
 
 def main() -> None:
     """Run the command line. Every error becomes one sentence and an exit status: 2 for wrong usage, 1 for failed work."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # transformers reads this at import; we show the progress ourselves
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     _interrupts.clear()  # those of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # a cluster sends SIGTERM before it takes the machine away
         signal.signal(sent, _interrupt)
@@ -155,7 +123,7 @@ def main() -> None:
     try:
         status = app(args=sys.argv[1:] or ["--help"], standalone_mode=False)
     except (UsageError, RunError) as error:
-        _stop(str(error), 2 if isinstance(error, UsageError) else 1, own=not is_of_all(error))
+        _stop(str(error), 2 if isinstance(error, UsageError) else 1, alone=not is_of_all(error))
     except KeyboardInterrupt:
         _stop(_INTERRUPTED, 1)
     except MemoryError as error:
@@ -199,10 +167,10 @@ def _interrupt(sent: object, _: object) -> None:
         raise KeyboardInterrupt
 
 
-def _lost(otherwise: Callable[[Any], object], told: Any) -> None:
+def _lost(otherwise: Callable[[Any], object], lost: Any) -> None:
     """Interrupt again if an interrupt came in code whose errors Python drops, such as a library's `__del__`."""
-    if not issubclass(told.exc_type, KeyboardInterrupt) or not _interrupts:
-        otherwise(told)
+    if not issubclass(lost.exc_type, KeyboardInterrupt) or not _interrupts:
+        otherwise(lost)
         return
     sent = _interrupts[-1]
     _interrupts.clear()
@@ -211,6 +179,11 @@ def _lost(otherwise: Callable[[Any], object], told: Any) -> None:
     again.start()
 
 
+_QUIET = {
+    "TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}  # fmt: skip
+"""What libraries read when they are imported: they show no bars and notices of their own beside ours."""
 _LONGEST = 1000  # characters of a sentence
 _SIGINT_STATUS = 130  # what typer makes of Ctrl-C
 _INTERRUPTED = "interrupted; nothing half-written was left under its final name"
@@ -233,7 +206,10 @@ def _stop_on_other(error: Exception) -> NoReturn:
     if reason := disk_full_reason(error):
         _stop(f"{reason}; make room and run again", 1, error)
     if isinstance(error, OSError):
-        _stop(_of_the_system(error), 1, error)
+        if error.filename is None or error.strerror is None:
+            _stop(str(error), 1, error)
+        what = f"{os.fsdecode(error.filename)} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}"
+        _stop(f"{what}; correct that, or name another file or folder", 1, error)
     first = str(error).strip().partition("\n")[0]
     package = str(Path(__file__).parent.parent)
     ours = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
@@ -241,37 +217,25 @@ def _stop_on_other(error: Exception) -> NoReturn:
     _stop(f"unexpected {type(error).__name__}: {first}{where} (ADAPT_PRUNER_TRACEBACK=1 shows more)", 1, error)
 
 
-def _of_the_system(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    what = error.strerror[0].lower() + error.strerror[1:]
-    return f"{os.fsdecode(error.filename)} cannot be used: {what}; correct that, or name another file or folder"
-
-
-def _shortened(sentence: str) -> str:
-    """Put a sentence on one line and cut the middle out of a long one. Line ends and great length come from values that users gave."""
-    sentence = sentence.replace("\n", "\\n")
-    return sentence if len(sentence) <= _LONGEST else f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
-
-
-def _stop(sentence: str, status: int, error: BaseException | None = None, *, own: bool = False) -> NoReturn:
+def _stop(sentence: str, status: int, error: BaseException | None = None, *, alone: bool = False) -> NoReturn:
     """Print one sentence and exit. The main process prints every error, another process only an error of its own.
 
     Args:
         sentence: what happened.
         status: exit status.
         error: an error that may show where it was raised; it is the process's own.
-        own: whether the process may be the only one that has the error.
+        alone: whether the process may be the only one that has the error.
     """
-    sentence = _shortened(sentence)
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    process = os.environ.get("RANK", "0") if several else "0"
+    sentence = sentence.replace("\n", "\\n")  # line ends and great length come from values that users gave
+    if len(sentence) > _LONGEST:
+        sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+    process = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", 1)) > 1 else "0"
     with filtered(), suppress(OSError):  # the terminal may have gone
         if error is not None and os.environ.get("ADAPT_PRUNER_TRACEBACK"):
             traceback.print_exception(error)
         if process == "0":
             print(f"error: {sentence}", file=sys.stderr)
-        elif own or error is not None:
+        elif alone or error is not None:
             print(f"error in process {process}: {sentence}", file=sys.stderr)
         sys.stdout.flush()
     sys.exit(status)

@@ -1,35 +1,37 @@
 """`adapt-pruner chat`: a model's answer to a prompt, a second model's beside it, or a conversation."""
 
+import sys
+from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from adapt_pruner.cli.options import Device, Json, Model, Precision, TrustRemoteCode
+from adapt_pruner.api import measuring
+from adapt_pruner.cli.options import Json, Model, options_of
+from adapt_pruner.core.events import Load
+from adapt_pruner.core.events.words import millions
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.core.system.terminal import console, visible
+from adapt_pruner.errors import UsageError
 
 __all__ = ["chat"]
 
 _NARROW = 100  # columns of a terminal below which answers stand below each other
 
 
+@options_of(measuring.chat)
 def chat(
+    *,
     model: Model,
     prompt: Annotated[
         str | None,
         typer.Argument(metavar="[PROMPT]", help="What you ask the model, in quotes. Without it you have a conversation."),
     ] = None,
     against: Annotated[str | None, typer.Option(metavar="DENSE", help="Second model, which answers the same prompt.")] = None,
-    system: Annotated[str | None, typer.Option(help="System message before the prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 200,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token; a higher value draws tokens at random.", min=0.0, max=100.0)
-    ] = 0.0,
-    seed: Annotated[
-        int | None, typer.Option(help="Seed of the random draws of --temperature. [default: 0]", min=0, max=2**63 - 1)
-    ] = None,
-    device: Device = "auto",
-    dtype: Precision = "auto",
-    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
+    **options: Any,
 ) -> None:
     """Ask MODEL something in its own chat template. With --against DENSE, both models answer side by side.
 
@@ -43,33 +45,25 @@ def chat(
 
         adapt-pruner chat runs/demo/model "Why is the sky blue?" --against smollm2-135m-instruct
     """
-    from dataclasses import asdict
-
     from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
-    from adapt_pruner.core.events import Load
-    from adapt_pruner.core.model.budget import count_parameters
-    from adapt_pruner.core.system.strict_json import to_json
-    from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer, check_asked
     from adapt_pruner.recipe import check_precision
-    from adapt_pruner.report.screen import quiet_libraries, screen
+    from adapt_pruner.report.screen import screen
 
-    quiet_libraries()
-    check_precision(dtype)
+    check_precision(options["dtype"])
     if prompt is None and as_json:
         raise UsageError("--json prints the answer to a prompt, and there is none; write a question or an instruction, in quotes")
-    check_asked(prompt, temperature=temperature, seed=seed)
+    check_asked(prompt, temperature=options["temperature"], seed=options["seed"])
     names = [model] if against is None else [model, against]
     for name in names:
         locate(name)  # so that a missing model is reported before the other one answers
-    how: dict[str, Any] = {
-        "system": system, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "dtype": dtype,
-    }  # fmt: skip
+    device, trust = pick_device(options.pop("device")), options.pop("trust_remote_code")
+    how = options | {"seed": options["seed"] or 0}
 
     def loaded_of(name: str) -> Loaded:
         with screen() as listen:
             listen(Load(model=name))
-            return load(name, device=pick_device(device), trust_remote_code=trust_remote_code, any_family=True)
+            return load(name, device=device, trust_remote_code=trust, any_family=True)
 
     if prompt is None:
         _converse({name: loaded_of(name) for name in names}, how)
@@ -94,17 +88,12 @@ def _say(piece: str) -> None:
 
 def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
     """Let each model answer stdin line by line. Each remembers its own answers."""
-    import sys
-    from functools import partial
-
-    from adapt_pruner.core.system.terminal import console, visible
-    from adapt_pruner.errors import UsageError
     from adapt_pruner.evaluate.answer import answer
 
     asks = sys.stdin.isatty()
-    told = console(stderr=True, highlight=False, markup=False)
+    notes = console(stderr=True, highlight=False, markup=False)
     if asks:
-        told.print("Write a line to the model. An empty line ends the conversation.", style="dim")
+        notes.print("Write a line to the model. An empty line ends the conversation.", style="dim")
     turns: dict[str, list[tuple[str, str]]] = {name: [] for name in models}
     while True:
         if asks:
@@ -115,14 +104,14 @@ def _converse(models: dict[str, Any], how: dict[str, Any]) -> None:
             return
         for name, loaded in models.items():
             if len(models) > 1:
-                told.print(visible(name), style="dim")
+                notes.print(visible(name), style="dim")
             ask = partial(answer, loaded.model, loaded.tokenizer, line, on_text=_say, **how)
             try:
                 text = ask(before=turns[name]).text
             except UsageError as error:  # the conversation is longer than the model can read
                 if not turns[name]:
                     raise
-                told.print(f"{error}; the model forgets the conversation so far", style="dim")
+                notes.print(f"{error}; the model forgets the conversation so far", style="dim")
                 turns[name].clear()
                 text = ask(before=[]).text
             print("\n")
@@ -134,8 +123,6 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
-
-    from adapt_pruner.core.system.terminal import console, visible
 
     out = console(highlight=False, markup=False)
     if with_text:
@@ -152,8 +139,6 @@ def _print(answers: list[dict[str, Any]], *, with_text: bool) -> None:
 
 
 def _note(reply: dict[str, Any]) -> str:
-    from adapt_pruner.core.events.words import millions
-
     speed = reply["tokens"] / max(reply["seconds"], 1e-9)
     note = f"{millions(reply['params'])} parameters, {reply['tokens']} tokens at {speed:,.1f} a second"
     if not reply["ended"]:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapt_pruner.cli.options import Json
+from adapt_pruner.cli.options import Json, written_to
+from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from adapt_pruner.report.charts import Chart
@@ -15,10 +17,7 @@ __all__ = ["report"]
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, finished or not, or of a comparison.")],
-    out: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="File for the page. [default: report.html or compare.html in the folder]"),
-    ] = None,
+    output: Annotated[Path | None, written_to("File for the page. [default: report.html or compare.html in the folder]")] = None,
     png: Annotated[
         bool, typer.Option("--png", help="Write the pictures as PNG files too, to PAGE-png/; needs the extra `plot`.")
     ] = False,
@@ -35,42 +34,37 @@ def report(
 
         adapt-pruner report runs/demo -o demo.html --png
     """
-    from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.report import paper
-    from adapt_pruner.report.charts import Chart
     from adapt_pruner.report.page import check_page, page, pictures, write_page
 
-    if out is not None:
-        check_page(out, folder)
+    if output is not None:
+        check_page(output, folder)
     if png:
         paper.check_png()
-    drawings: list[Chart]
     if (folder / "compare.json").is_file():
-        target = out or folder / "compare.html"
+        target = output or folder / "compare.html"
         text, drawings = _of_comparison(folder)
     else:
         from adapt_pruner.report.figures import figures_of
         from adapt_pruner.report.record import read_record
 
         record = read_record(folder)
-        target = out or folder / "report.html"
-        text, drawings = page(record), pictures(figures_of(record)) if png else []
-    drawn: list[Path] = []
+        target = output or folder / "report.html"
+        text, drawings = page(record), [*pictures(figures_of(record))] if png else []
+    place = target.with_name(f"{target.stem}-png")
     if png:
-        place = target.with_name(f"{target.stem}-png")
         paper.check_ours(drawings, place)
-        drawn = paper.write_pictures(drawings, place)
+    drawn = paper.write_pictures(drawings, place) if png else []
     written = [write_page(target, text), *drawn]
     if as_json:
         print(to_json({"written": [str(path) for path in written]}))
     else:
-        print(f"wrote {written[0]}" + (f" and {len(written) - 1} pictures in {written[-1].parent}" if len(written) > 1 else ""))
+        print(f"wrote {written[0]}" + (f" and {len(drawn)} pictures in {place}" if drawn else ""))
 
 
 def _of_comparison(folder: Path) -> "tuple[str, list[Chart]]":
     """The page of a comparison, and its pictures."""
     from adapt_pruner.compare.table import table
-    from adapt_pruner.errors import UsageError, first_line
     from adapt_pruner.report.comparison import comparison_page, comparison_pictures, read_comparison
 
     result = read_comparison(folder)

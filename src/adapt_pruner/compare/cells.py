@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,25 +25,30 @@ from adapt_pruner.errors import RunError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
+from adapt_pruner.recipe import Recipe
 
 __all__ = ["measure", "measure_beside", "prune_apart", "release"]
 
 _PATIENCE = 30.0  # seconds that a process may tidy up after it is told to stop
 
 
-def prune_apart(words: Sequence[str], path: Path, *, listen: Listener) -> None:
-    """Run the command line in a process of its own until `path` is written, so that its memory and seconds are its own.
+def prune_apart(recipe: Recipe, path: Path, *, listen: Listener, trust_remote_code: bool = False) -> None:
+    """Prune by a recipe in a process of its own until `path` is written, so that its memory and seconds are its own.
 
     Args:
-        words: arguments of the command `prune`.
+        recipe: of one model and one size, without training.
         path: where its checkpoint goes, whole or not at all.
         listen: told of everything that the process says on the way.
+        trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         RunError: the process failed; the message is its own sentence.
     """
-    command = module("adapt_pruner", *words, "-o", str(path), "--json")
     with contextlib.ExitStack() as after:
+        written = Path(after.enter_context(TemporaryDirectory(prefix="adapt-pruner-"))) / "recipe.yaml"
+        written.write_text(recipe.to_yaml(), encoding="utf-8")
+        trust = ["--trust-remote-code"] if trust_remote_code else []
+        command = module("adapt_pruner", "prune", str(written), "-o", str(path), "--json", *trust)
         with deferred():  # Ctrl-C, until something can stop the process
             # In a session of its own, so that Ctrl-C reaches only this process, which then stops the other one once.
             process = after.enter_context(subprocess.Popen(
@@ -102,10 +108,9 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
     Raises:
         RunError: a loss is not finite.
     """
-
     losses = {}
-    for text, its in windows.items():
-        losses[text] = perplexity(loaded.model, its, dtype=dtype, on_window=counting(listen, "evaluate")).nll
+    for text, seen in windows.items():
+        losses[text] = perplexity(loaded.model, seen, dtype=dtype, on_window=counting(listen, "evaluate")).nll
         if not math.isfinite(losses[text]):
             raise RunError(f"the loss on {text} is infinite; the model overflows: give --dtype float32, or compare milder sizes")
     return {
@@ -141,13 +146,14 @@ def measure_beside(
     params = count_parameters(pruned.model)
     if params > size:  # matrices that a method adds count too
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")
-    if pruned.tokenizer.get_vocab() == dense.tokenizer.get_vocab():
-        figures = measure(pruned, windows, dtype=dtype, listen=listen)
-    else:
-        its = {text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()}
-        figures = measure(pruned, its, dtype=dtype, listen=listen)
-        for text in its:
-            figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, its[text])
+    read = windows
+    if pruned.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        read = {
+            text: in_other_tokens(seen, read_by=dense.tokenizer, tokenizer=pruned.tokenizer) for text, seen in windows.items()
+        }
+    figures = measure(pruned, read, dtype=dtype, listen=listen)
+    for text in () if read is windows else windows:
+        figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, read[text])
     slow, fast = forward_speed([dense.model, pruned.model], next(iter(windows.values()))[0], dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}

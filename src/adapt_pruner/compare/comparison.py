@@ -58,13 +58,13 @@ _KIND = "comparison"
 _MAX_HUB_DOCUMENTS = 10_000  # documents of a hub data set that show whether it has changed
 
 
-def compare(request: Request, out: str | Path, *, listen: Listener = lambda event: None, keep: bool = False) -> dict[str, Any]:
+def compare(request: Request, out: Path, *, listen: Listener = lambda event: None, keep: bool = False) -> dict[str, Any]:
     """Prune a model by every method at every size, measure all alike, and write table and picture to the folder `out`.
 
     Finished cells in that folder are not run again; failed ones are.
 
     Args:
-        request: what to compare.
+        request: what to compare, as `Request.checked` returns it.
         out: a folder that is empty, missing, or of a comparison.
         listen: called with every event.
         keep: whether the checkpoints stay; they are used again when their cells are measured on another text.
@@ -77,20 +77,21 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         UsageError: the request cannot be met as it stands; no cell has been run.
         RunError: the dense model cannot be measured, or something cannot be written.
     """
-    asked, out = request.checked(), Path(out)
     world.check_alone("compare")
-    _check_kind(out)
-    for text in asked.texts:
+    check_place(out, inside=True)
+    if not is_marked(out, _KIND):
+        check_empty(out)
+    for text in request.texts:
         if text != SELF:
             next(texts(text), None)  # reports a missing text before a model is loaded
-    _check_room(asked)
-    listen(Load(model=asked.model))
-    device = pick_device(asked.device)
-    again = functools.partial(load, asked.model, device=device, trust_remote_code=asked.trust_remote_code)
-    work = _prepared(again(), asked, listen)
+    _check_room(request)
+    listen(Load(model=request.model))
+    device, trust = pick_device(request.device), request.trust_remote_code
+    dense = functools.partial(load, request.model, device=device, trust_remote_code=trust)
+    work = _prepared(dense(), request, listen)
     release()
-    listen(events.Loaded(model=asked.model, params=work.params))
-    comparison = _Comparison(asked, out, work, again, listen, keep)
+    listen(events.Loaded(model=request.model, params=work.params))
+    comparison = _Comparison(request, out, work, dense, listen, keep)
     comparison.check_disk_space()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +99,8 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         (out / "cells").mkdir(exist_ok=True)
         (out / "models").mkdir(exist_ok=True)
         with locked(out / ".lock"):
-            _tidy(out)
+            for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
+                tidy(folder, ours=names)  # removes what a killed process left half-written
             try:
                 return comparison.run()
             except KeyboardInterrupt:
@@ -108,28 +110,21 @@ def compare(request: Request, out: str | Path, *, listen: Listener = lambda even
         raise RunError(f"{out} could not be written: {why(error)}; what is finished there is used again") from error
 
 
-def _check_room(asked: Request) -> None:
+def _check_room(request: Request) -> None:
     """Refuse methods that take more memory than is free here, before the model is read where config.json tells its sizes.
 
     Raises:
         UsageError: one of them does, or a size is above the model's own.
     """
-    if locate(asked.model)[1] is not None:
+    if locate(request.model)[1] is not None:
         return
-    model = load_shapes(asked.model, trust_remote_code=asked.trust_remote_code)
-    for cell in asked.cells(count_parameters(model), decoder_parameters(model)):
+    model = load_shapes(request.model, trust_remote_code=request.trust_remote_code)
+    for cell in request.cells(count_parameters(model), decoder_parameters(model)):
         trouble = ""
         with suppress(UsageError):  # a cell that cannot be made says so when its turn comes
-            trouble = room(cell.recipe, trust_remote_code=asked.trust_remote_code)
+            trouble = room(cell.recipe, trust_remote_code=request.trust_remote_code)
         if trouble:
             raise UsageError(f"{cell.method}: {trouble}")
-
-
-def _check_kind(out: Path) -> None:
-    """Refuse a folder with other content than a comparison."""
-    check_place(out, inside=True)
-    if not is_marked(out, _KIND):
-        check_empty(out)
 
 
 @dataclass(frozen=True)
@@ -152,36 +147,33 @@ class _Prepared:
     dequantised: str | None = None
 
 
-def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
+def _prepared(loaded: Loaded, request: Request, listen: Listener) -> _Prepared:
     """Prepare the work, and refuse everything that may be refused.
 
     Raises:
         UsageError: a size is above the model's own, or a text is not there or too short.
     """
     params = count_parameters(loaded.model)
-    cells = asked.cells(params, decoder_parameters(loaded.model))
+    cells = request.cells(params, decoder_parameters(loaded.model))
     windows = {
-        text: held_out_windows(loaded.tokenizer, source=text, window=asked.window, max_windows=asked.max_windows)
-        for text in asked.texts
+        text: held_out_windows(loaded.tokenizer, source=text, window=request.window, max_windows=request.max_windows)
+        for text in request.texts
     }
-    rows = {ids: calibration_ids(ids, vocab_size=loaded.model.config.vocab_size) for ids in asked.calibration_ids}
-    readers = {name for name, recipe in asked.recipes.items() if Work.of(loaded.model, recipe).reads_text}
-    specs = {
-        spec: 1.0 for name in sorted(readers) if not asked.calibration_ids
-        for spec in domains(asked.recipes[name].calibration.source) if spec != SELF
-    }  # fmt: skip
-    counted = {name: tuple(_counted(recipe)) for name, recipe in asked.recipes.items()}
+    rows = {ids: calibration_ids(ids, vocab_size=loaded.model.config.vocab_size) for ids in request.calibration_ids}
+    recipes = request.recipes
+    readers = sorted(name for name, recipe in recipes.items() if Work.of(loaded.model, recipe).reads_text)
+    calibrated = {name: () if request.calibration_ids else tuple(domains(recipes[name].calibration.source)) for name in readers}
+    counted = {name: tuple(_counted(recipe)) for name, recipe in recipes.items()}
+    specs = {spec: 1.0 for each in calibrated.values() for spec in each if spec != SELF}
     tokens_of = dict.fromkeys(itertools.chain.from_iterable(counted.values()), 1.0)
     digests = {spec: _text_digest(spec) for spec in specs | tokens_of}
-    roles = {"calibration": specs, "vocabulary": tokens_of, "evaluation": dict.fromkeys(asked.texts, 1.0)}
-    warnings = [overlap.sentence for overlap in overlaps({role: its or None for role, its in roles.items()})]
+    roles = {"calibration": specs, "vocabulary": tokens_of, "evaluation": dict.fromkeys(request.texts, 1.0)}
     pairs = itertools.product(rows.items() if readers else (), windows.items())
-    shared = [same_tokens(ids, its, text, seen) for (ids, its), (text, seen) in pairs]
     for sentence in (
-        *warnings,
-        *shared,
-        same_kind(specs, asked.texts),
-        *too_long(loaded.model.config, {"--window": asked.window}),
+        *(overlap.sentence for overlap in overlaps({role: each or None for role, each in roles.items()})),
+        *(same_tokens(ids, drawn, text, seen) for (ids, drawn), (text, seen) in pairs),
+        same_kind(specs, request.texts),
+        *too_long(loaded.model.config, {"--window": request.window}),
     ):
         if sentence:
             listen(Warned(message=sentence))
@@ -195,26 +187,24 @@ def _prepared(loaded: Loaded, asked: Request, listen: Listener) -> _Prepared:
         return [digests.get(spec) for spec in (*counted[cell.method], *read)]
 
     in_domain = {
-        name: [text for text in asked.texts if of_kind([*domains(asked.recipes[name].calibration.source), *counted[name]], text)]
-        for name in sorted(readers) if not asked.calibration_ids and asked.recipes[name].calibration.ids is None
+        name: [text for text in request.texts if of_kind([*calibrated[name], *counted[name]], text)]
+        for name in readers if not request.calibration_ids and recipes[name].calibration.ids is None
     }  # fmt: skip
     device = next(loaded.model.parameters()).device
-    told_apart = {
-        "model": identity(asked.model),
-        "windows": {text: digest_of(its) for text, its in windows.items()},
-        "bfloat16": uses_bfloat16(device, asked.dtype),
+    read = {
+        "model": identity(request.model),
+        "windows": {text: digest_of(seen) for text, seen in windows.items()},
+        "bfloat16": uses_bfloat16(device, request.dtype),
         "device": device.type,
     }
-    predicted = {text: text_bytes(loaded.tokenizer, its) for text, its in windows.items()}
-    return _Prepared(
-        cells, windows, params, told_apart, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised
-    )
+    predicted = {text: text_bytes(loaded.tokenizer, seen) for text, seen in windows.items()}
+    return _Prepared(cells, windows, params, read, calibration, loaded.dtype.itemsize, predicted, in_domain, loaded.dequantised)
 
 
 def _counted(recipe: Recipe) -> Iterable[str]:
     """The texts whose tokens a recipe counts for its vocabulary; none if all tokens stay."""
-    asked = recipe.vocabulary
-    return () if asked is None or asked.source is None else domains(asked.source)
+    vocabulary = recipe.vocabulary
+    return () if vocabulary is None or vocabulary.source is None else domains(vocabulary.source)
 
 
 def _text_digest(spec: str) -> str:
@@ -222,12 +212,6 @@ def _text_digest(spec: str) -> str:
     for document in beginning(spec, _MAX_HUB_DOCUMENTS):
         digest.update(document.digest)
     return digest.hexdigest()
-
-
-def _tidy(out: Path) -> None:
-    """Remove, in place, what a killed process left half-written."""
-    for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
-        tidy(folder, ours=names)
 
 
 def draw(result: Mapping[str, Any], out: Path, *, warn: Callable[[str], None]) -> bool:
@@ -244,12 +228,12 @@ class _Comparison:
     """A comparison in progress, with the results of its cells so far."""
 
     def __init__(
-        self, asked: Request, out: Path, work: _Prepared, dense: Callable[[], Loaded], listen: Listener, keep: bool
+        self, request: Request, out: Path, work: _Prepared, dense: Callable[[], Loaded], listen: Listener, keep: bool
     ) -> None:
-        self._asked, self._out, self._work, self._dense, self._listen, self._keep = asked, out, work, dense, listen, keep
+        self._request, self._out, self._work, self._dense, self._listen, self._keep = request, out, work, dense, listen, keep
         self._names = [cell.name(self._read_for(cell)) for cell in work.cells]
         self._done: dict[str, dict[str, Any]] = {}  # name of the cell -> its figures or `error`
-        self._own: dict[str, Any] = {}  # figures of the dense model
+        self._dense_figures: dict[str, Any] = {}  # figures of the dense model
         self._warned: set[str] = set()
 
     def _read_for(self, cell: Cell, *, measured: bool = True) -> dict[str, Any]:
@@ -283,13 +267,13 @@ class _Comparison:
         if reused:
             self._listen(Reused(done=reused, of=of))
             self._warn_of_other_versions()
-        self._own = self._measured_dense()
+        self._dense_figures = self._measured_dense()
         self._write(self._result())
         for number, (name, cell) in enumerate(zip(self._names, self._work.cells, strict=True), start=1):
             if name in self._done:
                 continue
             where: dict[str, Any] = {"cell": number, "of": of, "method": cell.method, "size": cell.size, "draw": cell.draw + 1}
-            where |= {"draws": self._asked.num_draws, "sparsity": cell.sparsity or None}
+            where |= {"draws": self._request.num_draws, "sparsity": cell.sparsity or None}
             self._listen(CellBegun(**where, **self._foreseen(cell)))
             self._done[name] = self._figures(name, cell)
             first = next(iter(self._work.windows))
@@ -314,9 +298,9 @@ class _Comparison:
         began = time.perf_counter()
         try:
             if not path.exists():  # otherwise it was pruned before an interruption, or kept
-                prune_apart(cell.words, path, listen=self._relay)
+                prune_apart(cell.recipe, path, listen=self._relay, trust_remote_code=self._request.trust_remote_code)
             figures = measure_beside(
-                self._dense(), path, self._work.windows, dtype=self._asked.dtype, size=cell.size, listen=self._listen
+                self._dense(), path, self._work.windows, dtype=self._request.dtype, size=cell.size, listen=self._listen
             )
         except Exception as error:  # one cell's failure does not stop the others
             figures = {"error": str(error) if isinstance(error, UsageError | RunError) else first_line(error)}
@@ -340,7 +324,7 @@ class _Comparison:
         name = f"dense-{digest[:12]}"
         figures = self._stored(name)
         if figures is None:
-            figures = measure(self._dense(), self._work.windows, dtype=self._asked.dtype, listen=self._listen)
+            figures = measure(self._dense(), self._work.windows, dtype=self._request.dtype, listen=self._listen)
             write_whole(self._out / "cells" / f"{name}.json", to_json(figures, indent=1) + "\n")
             release()
         return figures
@@ -355,40 +339,38 @@ class _Comparison:
             return {}
         means = {method: statistics.fmean(seconds) for method, seconds in took.items()}
         every = statistics.fmean(means.values())
-        left = [one.method for name, one in zip(self._names, self._work.cells, strict=True) if name not in self._done]
+        left = [other.method for name, other in zip(self._names, self._work.cells, strict=True) if name not in self._done]
         return {"seconds_left": sum(means.get(method, every) for method in left), "seconds_here": means.get(cell.method, every)}
 
     def _result(self) -> dict[str, Any]:
-        asked = self._asked
+        work = self._work
         cells = [
             {"method": cell.method, "size": cell.size, "draw": cell.draw}
             | ({"sparsity": cell.sparsity} if cell.sparsity else {})
             | self._done[name]
-            for name, cell in zip(self._names, self._work.cells, strict=True)
+            for name, cell in zip(self._names, work.cells, strict=True)
             if name in self._done
         ]
-        tokens = {text: sum(ids.numel() - 1 for ids in its) for text, its in self._work.windows.items()}
-        a_token = {text: self._work.text_bytes[text] / tokens[text] for text in tokens}
+        tokens = {text: sum(ids.numel() - 1 for ids in windows) for text, windows in work.windows.items()}
+        each = {text: work.text_bytes[text] / tokens[text] for text in tokens}
+        rows = functools.partial(rows_of, dense=self._dense_figures, bytes_a_token=each, in_domain=work.in_domain)
+        zeros = [cell for cell in cells if "sparsity" in cell]
         return {
             "made_by": made_by(),
-            "arguments": asdict(asked),
-            "dequantised": self._work.dequantised,
-            "device": self._work.read["device"],
-            "precision": "bfloat16" if self._work.read["bfloat16"] else "float32",
+            "arguments": asdict(self._request),
+            "dequantised": work.dequantised,
+            "device": work.read["device"],
+            "precision": "bfloat16" if work.read["bfloat16"] else "float32",
             "texts": [
                 {
-                    "text": text, "windows": len(its), "tokens": tokens[text], "bytes": self._work.text_bytes[text],
-                    "digest": self._work.read["windows"][text],
+                    "text": text, "windows": len(windows), "tokens": tokens[text], "bytes": work.text_bytes[text],
+                    "digest": work.read["windows"][text],
                 }
-                for text, its in self._work.windows.items()
+                for text, windows in work.windows.items()
             ],
-            "dense": self._own,
-            "rows": rows_of(
-                [cell for cell in cells if "sparsity" not in cell], self._own, bytes_a_token=a_token, in_domain=self._work.in_domain
-            ),
-            "sparse_rows": rows_of(zeros, self._own, bytes_a_token=a_token, in_domain=self._work.in_domain)
-            if (zeros := [cell for cell in cells if "sparsity" in cell])
-            else [],
+            "dense": self._dense_figures,
+            "rows": rows([cell for cell in cells if "sparsity" not in cell]),
+            "sparse_rows": rows(zeros) if zeros else [],
             "cells": cells,
         }  # fmt: skip
 

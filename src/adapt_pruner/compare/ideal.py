@@ -86,7 +86,7 @@ def of_gguf(path: Path) -> Weights:
         each = count if isinstance(count, list) else [count] * len(layers)
         return int(found.get("key_length", width // max(each))) * sum(map(int, each))
 
-    one = any(name.endswith(".attn_qkv.weight") for name in by_name)
+    fused = any(name.endswith(".attn_qkv.weight") for name in by_name)
 
     layers: dict[str, int] = {}
     for tensor in tensors:
@@ -97,8 +97,8 @@ def of_gguf(path: Path) -> Weights:
     params = sum(int(tensor.n_elements) for tensor in tensors)
     shapes = Shapes(
         params=params, decoder=sum(layers.values()), largest=max(layers.values(), default=0), layers=len(layers),
-        vocabulary=vocabulary, width=width, queries=heads("head_count") if one else outputs("attn_q"),
-        keys=heads("head_count_kv") if one else outputs("attn_k"), neurons=outputs("ffn_up"),
+        vocabulary=vocabulary, width=width, queries=heads("head_count") if fused else outputs("attn_q"),
+        keys=heads("head_count_kv") if fused else outputs("attn_k"), neurons=outputs("ffn_up"),
     )  # fmt: skip
     return Weights(shapes, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapt_pruner.errors import UsageError
+from adapt_pruner.recipe import check_precision
 
 __all__ = ["WINDOW", "Measures"]
 
@@ -45,13 +46,15 @@ class Measures:
         """Refuse options without what they apply to.
 
         Raises:
-            UsageError: neither text nor tasks are given, or an option applies to the one that is not.
+            UsageError: neither text nor tasks are given, an option applies to the one that is not, or there is no such number format.
         """
         if self.text is None and self.tasks is None:
             raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
-        for there, options, what in (
+        check_precision(self.dtype)
+        for subject, options, what in (
             (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), "tasks; name them with --tasks"),
             (self.text, ("window", "max_windows"), "a text; name it with --text"),
         ):
-            if there is None and (given := [name for name in options if getattr(self, name) is not None]):
-                raise UsageError(f"--{given[0].replace('_', '-')} applies only to {what}")
+            idle = [name for name in options if subject is None and getattr(self, name) is not None]
+            if idle:
+                raise UsageError(f"--{idle[0].replace('_', '-')} applies only to {what}")

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load, locate, pick_device
+from adapt_pruner.checkpoint.load import load, locate, pick_device
 from adapt_pruner.compare.measures import WINDOW, Measures
 from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
 from adapt_pruner.core.model.budget import count_parameters
@@ -51,68 +49,46 @@ def measured(
             pass  # reports a missing text before a model is loaded
     for name in models:
         locate(name)  # reports a missing model before hours go into another
-    wanted = _wanted(how, listen)
-    rows, scores, held = [], [], []
+    wanted: list[Wanted] = []
+    if how.tasks is not None:
+        listen(Find(tasks=how.tasks))
+        wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
+        if plain := set_shots(wanted, how.num_fewshot):
+            listen(Warned(message=f"{', '.join(plain)}: scored without examples, as defined in lm-eval"))
+    scores: list[Sequence[TaskScore]] = []
+    rows, held = [], []
     for name in models:
         listen(Load(model=name))
         loaded = load(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
-        row = _described(name, loaded)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        row: dict[str, Any] = {
+            "model": name, "params": count_parameters(model), "nonzero": count_nonzero(model),
+            "decoder_params": decoder_parameters(model) if families.is_known(model.config) else None,
+            "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
+            "windows_start_with": tokenizer.decode(opening(tokenizer)) or None,
+        }  # fmt: skip
         if how.text is not None:
-            figures, ids = _on_text(loaded, how.text, how, listen)
-            row |= figures
-            held.append((loaded.model, ids))
-        if wanted is not None:
-            scored = _on_tasks(loaded, wanted, how, listen)
+            window = WINDOW if how.window is None else how.window
+            windows = held_out_windows(tokenizer, source=how.text, window=window, max_windows=how.max_windows)
+            for sentence in too_long(model.config, {"--window": window}):
+                listen(Warned(message=f"{loaded.source}: {sentence}"))
+            num_bytes = text_bytes(tokenizer, windows)
+            on_window = counting(listen, "evaluate")
+            row |= perplexity(model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=on_window).to_dict()
+            held.append((model, windows[0]))
+        if how.tasks is not None:
+            scored = evaluate_tasks(
+                model, tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, trust_remote_code=how.trust_remote_code,
+                on_task=lambda task, done, of: listen(Progress(phase="task", task=task, done=done, of=of)),
+                warn=lambda message: listen(Warned(message=message)),
+            )  # fmt: skip
             scores.append(scored)
             row["tasks"], mean = [asdict(score) for score in scored], average(scored)
             row["average"] = None if mean is None else {"value": mean[0], "stderr": mean[1]}
         rows.append(row)
-        del loaded  # frees it before the next one is loaded
+        del loaded, model, tokenizer  # frees them before the next one is loaded
     if held:
         speeds = forward_speed([model for model, _ in held], held[0][1], dtype=how.dtype)
         for row, speed in zip(rows, speeds, strict=True):
             row["tokens_per_second"] = speed
     return rows, scores
-
-
-def _wanted(how: Measures, listen: Listener) -> list[Wanted] | None:
-    if how.tasks is None:
-        return None
-    listen(Find(tasks=how.tasks))
-    wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
-    if kept := set_shots(wanted, how.num_fewshot):
-        listen(Warned(message=f"{', '.join(kept)}: scored without examples, as defined in lm-eval"))
-    return wanted
-
-
-def _described(name: str, loaded: Loaded) -> dict[str, Any]:
-    """Facts about a model before anything is measured."""
-    return {
-        "model": name, "params": count_parameters(loaded.model), "nonzero": count_nonzero(loaded.model),
-        "decoder_params": decoder_parameters(loaded.model) if families.is_known(loaded.model.config) else None,
-        "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
-        "windows_start_with": loaded.tokenizer.decode(opening(loaded.tokenizer)) or None,
-    }  # fmt: skip
-
-
-def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tuple[dict[str, Any], Tensor]:
-    """The figures of a model on a text, and the ids of the first window."""
-    window = WINDOW if how.window is None else how.window
-    windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=how.max_windows)
-    for sentence in too_long(loaded.model.config, {"--window": window}):
-        listen(Warned(message=f"{loaded.source}: {sentence}"))
-
-    num_bytes = text_bytes(loaded.tokenizer, windows)
-    return perplexity(
-        loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=counting(listen, "evaluate")
-    ).to_dict(), windows[0]
-
-
-def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:
-    def told(task: str, done: int, of: int) -> None:
-        listen(Progress(phase="task", task=task, done=done, of=of))
-
-    return evaluate_tasks(
-        loaded.model, loaded.tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir,
-        trust_remote_code=how.trust_remote_code, on_task=told, warn=lambda message: listen(Warned(message=message)),
-    )  # fmt: skip

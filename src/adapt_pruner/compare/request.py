@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,11 +16,10 @@ from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
 
 __all__ = ["Cell", "Request"]
 
-_OWN_KEYS = {
+_KEYS = {
     "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
-_UNASKED = "evaluation.prompts=[]"  # answers take time, and a comparison does not show them
 _DRAWS = 3
 _ANY_SIZE = 10**18  # larger than any number of parameters
 _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "keep_checkpoints", "report_to", "evaluation"}
@@ -68,16 +66,10 @@ class Request:
     trust_remote_code: bool = False
 
     @property
-    def _drawn(self) -> dict[str, int]:
-        """How much calibration text is drawn, as far as this request decides it."""
-        given = {"samples": self.calibration_samples, "length": self.calibration_length}
-        return {key: value for key, value in given.items() if value is not None}
-
-    @property
-    def _given(self) -> dict[str, Any]:
-        """Dotted keys of all recipes that options have set."""
-        text = {} if self.calibration is None else {"calibration.source": self.calibration}
-        return text | {f"calibration.{key}": value for key, value in self._drawn.items()}
+    def _calibration(self) -> dict[str, Any]:
+        """Dotted keys of calibration that options have set in all recipes."""
+        values = {"source": self.calibration, "samples": self.calibration_samples, "length": self.calibration_length}
+        return {f"calibration.{key}": value for key, value in values.items() if value is not None}
 
     @property
     def num_draws(self) -> int:
@@ -102,15 +94,24 @@ class Request:
         for size in filter(None, self.params):
             Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
         patterns = tuple(str(Pattern.parse(written)) for written in self.sparsity)
-        for key in sorted(keys_of(self.overrides) & _OWN_KEYS.keys()):
-            raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_OWN_KEYS[key]}")
-        refuse_set_twice(self._given, self.overrides)
-        asked = replace(
+        for key in sorted(keys_of(self.overrides) & _KEYS.keys()):
+            raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_KEYS[key]}")
+        refuse_set_twice(self._calibration, self.overrides)
+        request = replace(
             self, methods=_once(tuple(ALIASES.get(name, name) for name in self.methods)), params=_once(self.params), texts=_once(self.texts),
             sparsity=_once(patterns), calibration_ids=_once(self.calibration_ids), draws=None if self.calibration_ids else self.num_draws,
         )  # fmt: skip
-        asked._check_sizes()
-        for method, recipe in asked.recipes.items():
+        zeros = [method for method, recipe in request.recipes.items() if recipe.makes_zeros]
+        units = [method for method in request.methods if method not in zeros]
+        kinds = ((units, request.params, "--params", "80%"), (zeros, request.sparsity, "--sparsity", "50%,2:4"))
+        for methods, sizes, option, example in kinds:
+            if methods and not sizes:
+                need = f"{', '.join(methods)} need{'s' * (len(methods) == 1)}"
+                raise UsageError(f"{need} {option}; add it, for example {option} {example}")
+        for methods, sizes, option, _ in kinds:
+            if sizes and not methods:
+                raise UsageError(f"no method takes {option} {','.join(sizes)}; leave it out, or name a method that does")
+        for method, recipe in request.recipes.items():
             if recipe.makes_zeros and recipe.solver is None:
                 raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
@@ -119,25 +120,7 @@ class Request:
                 )
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")
-        return asked
-
-    def _check_sizes(self) -> None:
-        """Refuse methods without a size of their kind, and sizes that no method takes.
-
-        Raises:
-            UsageError: there is such a method or size.
-        """
-        zeros = [method for method, recipe in self.recipes.items() if recipe.makes_zeros]
-        units = [method for method in self.methods if method not in zeros]
-        kinds = ((units, self.params, "--params", "80%"), (zeros, self.sparsity, "--sparsity", "50%,2:4"))
-        for methods, sizes, option, example in kinds:
-            if methods and not sizes:
-                raise UsageError(
-                    f"{', '.join(methods)} need{'s' * (len(methods) == 1)} {option}; add it, for example {option} {example}"
-                )
-        for methods, sizes, option, _ in kinds:
-            if sizes and not methods:
-                raise UsageError(f"no method takes {option} {','.join(sizes)}; leave it out, or name a method that does")
+        return request
 
     @cached_property
     def recipes(self) -> dict[str, Recipe]:
@@ -146,17 +129,16 @@ class Request:
         Raises:
             UsageError: there is no such method or key, a value is out of range, or no method reads a setting.
         """
-        shared = {name: self._shared(name) for name in self.methods}
-        unread = {name: recipe.unread() for name, recipe in shared.items()}
-        for name, recipe in shared.items():
-            recipe.refuse([key for key in unread[name] if all(key in keys for keys in unread.values())])
-        return {name: recipe.fitted() for name, recipe in shared.items()}
-
-    def _shared(self, method: str) -> Recipe:
-        """The recipe of a method with all settings that the methods share."""
         ids = {"calibration.ids": self.calibration_ids[0]} if self.calibration_ids else {}
-        values = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._given, **ids, "method": method}
-        return read({}, values=values, overrides=self.overrides, shared=True)
+        values: dict[str, Any] = {"model": self.model, "device": self.device, "dtype": self.dtype, **self._calibration, **ids}
+        values["evaluation.prompts"] = []  # answers take time, and a comparison does not show them
+        shared = {
+            method: read({}, values=values | {"method": method}, overrides=self.overrides, shared=True) for method in self.methods
+        }
+        unread = {method: recipe.unread() for method, recipe in shared.items()}
+        for method, recipe in shared.items():
+            recipe.refuse([key for key in unread[method] if all(key in keys for keys in unread.values())])
+        return {method: recipe.fitted() for method, recipe in shared.items()}
 
     def cells(self, dense: int, decoder: int) -> list["Cell"]:
         """Every cell of the comparison: the first draw of all cells before the second of any, large sizes before small ones.
@@ -168,36 +150,18 @@ class Request:
         Raises:
             UsageError: a size is above the model's own.
         """
-        sizes = sorted(
-            {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}, reverse=True
-        )
-        return list(self._cells([*((size, "") for size in sizes), *((dense, pattern) for pattern in self.sparsity)]))
-
-    def _cells(self, sizes: list[tuple[int, str]]) -> Iterator["Cell"]:
+        kept = {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}
+        sizes = [*((size, "") for size in sorted(kept, reverse=True)), *((dense, pattern) for pattern in self.sparsity)]
+        cells = []
         for draw, (size, sparsity), method in itertools.product(range(self.num_draws), sizes, self.methods):
             recipe = self.recipes[method]
-            ids = self.calibration_ids[draw] if recipe.calibration.ids is not None else None
             if recipe.makes_zeros is not bool(sparsity):
                 continue
-            recipe = recipe.model_copy(
-                update={
-                    **({"sparsity": sparsity} if sparsity else {"budget": str(size)}), "seed": draw,
-                    "calibration": recipe.calibration.model_copy(update={"ids": ids} if ids else {}),
-                }
-            )  # fmt: skip
-            words = [
-                "prune", self.model, *(["--sparsity", sparsity] if sparsity else ["--params", str(size)]), "--method", method,
-                "--seed", str(draw),
-                "--device", self.device, "--dtype", self.dtype,
-            ]  # fmt: skip
-            words += ["--calibration-ids", ids] if ids else []
-            quiet = () if any(text.startswith("evaluation.prompts") for text in self.overrides) else (_UNASKED,)
-            given = [f"{key}={value}" for key, value in self._given.items()]
-            unread = self._shared(method).unread()
-            shared = [text for text in (*given, *self.overrides, *quiet) if not keys_of([text]) & set(unread)]
-            words += [word for text in shared for word in ("--set", text)]
-            words += ["--trust-remote-code"] if self.trust_remote_code else []
-            yield Cell(method, size, draw, recipe, tuple(words), sparsity)
+            changed: dict[str, Any] = {"seed": draw, **({"sparsity": sparsity} if sparsity else {"budget": str(size)})}
+            if recipe.calibration.ids is not None:
+                changed["calibration"] = recipe.calibration.model_copy(update={"ids": self.calibration_ids[draw]})
+            cells.append(Cell(method, size, draw, recipe.model_copy(update=changed), sparsity))
+        return cells
 
 
 @dataclass(frozen=True)
@@ -209,7 +173,6 @@ class Cell:
         size: the most parameters that may be left.
         draw: its number, from 0.
         recipe: the recipe that is run.
-        words: the command that runs it, without the program's name and the place of the result.
         sparsity: for a method that makes zeros; empty for others.
     """
 
@@ -217,7 +180,6 @@ class Cell:
     size: int
     draw: int
     recipe: Recipe
-    words: tuple[str, ...]
     sparsity: str = ""
 
     def name(self, read_by_it: dict[str, Any]) -> str:

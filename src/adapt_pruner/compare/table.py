@@ -43,19 +43,17 @@ def rows_of(
     for cell in cells:
         groups.setdefault((cell["size"], cell["method"], cell.get("sparsity")), []).append(cell)
     each = bytes_a_token or {}
-    rows = [_row(method, size, its, dense, each, sparsity=sparsity) for (size, method, sparsity), its in groups.items()]
+    rows = [_row(method, size, draws, dense, each, sparsity=sparsity) for (size, method, sparsity), draws in groups.items()]
     first = next(iter(dense["nll"]))
     patterns = list(dict.fromkeys(row["sparsity"] for row in rows))
+    worst = {first: {"perplexity": math.inf}}  # of a row without figures, which comes behind one that overflows
     rows.sort(
         key=lambda row: (
-            -row["size"],
-            patterns.index(row["sparsity"]),
-            row["texts"][first]["perplexity"] if row["texts"] else math.inf,
-            not row["texts"],
+            -row["size"], patterns.index(row["sparsity"]), (row["texts"] or worst)[first]["perplexity"], not row["texts"]
         )
-    )
-    own = _row("dense", None, [{**dense, "speed_up": 1.0, "seconds": None, "peak_bytes": None}], dense, each)
-    return [row | {"in_domain": list((in_domain or {}).get(row["method"], ()))} for row in (own, *rows)]
+    )  # fmt: skip
+    first_row = _row("dense", None, [{**dense, "speed_up": 1.0}], dense, each)
+    return [row | {"in_domain": list((in_domain or {}).get(row["method"], ()))} for row in (first_row, *rows)]
 
 
 def _row(
@@ -73,16 +71,11 @@ def _row(
     for text in dense["nll"] if done else ():
         perplexities = [perplexity_of(cell["nll"][text]) for cell in done]
         middle = statistics.median(perplexities)
-        texts[text] = {
-            "perplexity": middle,
-            "low": min(perplexities),
-            "high": max(perplexities),
-            "ratio": middle / perplexity_of(dense["nll"][text]),
-        }
+        ratio = middle / perplexity_of(dense["nll"][text])
+        texts[text] = {"perplexity": middle, "low": min(perplexities), "high": max(perplexities), "ratio": ratio}
         if text in bytes_a_token:
-            texts[text]["bits_per_byte"] = (
-                statistics.median(cell["nll"][text] for cell in done) / math.log(2) / bytes_a_token[text]
-            )
+            nats = statistics.median(cell["nll"][text] for cell in done)
+            texts[text]["bits_per_byte"] = nats / math.log(2) / bytes_a_token[text]
 
     def of(key: str, how: Callable[[list[float]], float]) -> Any:
         values = [cell[key] for cell in done if cell.get(key) is not None]
@@ -108,38 +101,38 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
     header = ["method", "parameters", "not zero" if zeros else "removed"]
     for text in texts:
         header.append("perplexity" if len(texts) == 1 else f"perplexity, {label(text, texts)}")
-        header += [*(["spread"] if spread else []), "× dense", *(["bits/byte"] if _has_bits(rows, text) else [])]
+        header += [
+            *(["spread"] if spread else []),
+            "× dense",
+            *(["bits/byte"] if "bits_per_byte" in rows[0]["texts"][text] else []),
+        ]
     header += ["seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
     lines, size = [], (None, None)
     for row in rows:
         if (row["size"], row.get("sparsity")) != size:
             size = row["size"], row.get("sparsity")
-            lines += [
-                [""] * len(header),
-                [f"{size[1]} zeros" if size[1] else f"at most {shown(size[0], 'params')}", *[""] * (len(header) - 1)],
-            ]
+            heading = f"{size[1]} zeros" if size[1] else f"at most {shown(size[0], 'params')}"
+            lines += [[""] * len(header), [heading, *[""] * (len(header) - 1)]]
         lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros))
     return header, lines
-
-
-def _has_bits(rows: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether bits per byte of a text are known."""
-    return "bits_per_byte" in rows[0]["texts"][text]
 
 
 def _words(
     row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool
 ) -> list[str]:
+    name, same = str(row["method"]), row.get("in_domain") or []
+    if same:  # figures on text like its calibration text
+        name += f" (in-domain{'' if len(same) == len(texts) else ': ' + ', '.join(label(text, texts) for text in same)})"
     removed = _or_dash(row["nonzero"], "{:,}") if zeros else _or_dash(row["removed"], "{:.1%}")
-    words = [_called(row, texts), _or_dash(row["params"], "{:,}"), removed]
+    words = [name, _or_dash(row["params"], "{:,}"), removed]
     for text in texts:
-        figures = row["texts"].get(text)
+        figures, before = row["texts"].get(text), dense["texts"][text]
         words.append(_perplexity(figures["perplexity"]) if figures else "–")
         if spread:
             words.append(f"{_perplexity(figures['low'])}–{_perplexity(figures['high'])}" if figures and row["draws"] > 1 else "–")
-        compares = figures and math.isfinite(dense["texts"][text]["perplexity"] or math.inf)
+        compares = figures and math.isfinite(before["perplexity"] or math.inf)
         words.append(_times(figures["ratio"]) if compares else "–")
-        if _has_bits([dense], text):
+        if "bits_per_byte" in before:
             words.append(f"{figures['bits_per_byte']:.4f}" if figures else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
     words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
@@ -153,14 +146,6 @@ def _or_dash(value: float | None, form: str) -> str:
     return "–" if value is None else form.format(value)
 
 
-def _called(row: Mapping[str, Any], texts: Sequence[str]) -> str:
-    """The method's name, with a mark if its figures are on text like its calibration text."""
-    own = row.get("in_domain") or []
-    if not own:
-        return str(row["method"])
-    return f"{row['method']} (in-domain{'' if len(own) == len(texts) else ': ' + ', '.join(label(text, texts) for text in own)})"
-
-
 def _perplexity(value: float | None) -> str:
     """A perplexity in words; compare.json has null if it overflows a float."""
     return shown(math.inf if value is None else value, "perplexity")
@@ -168,29 +153,28 @@ def _perplexity(value: float | None) -> str:
 
 def _times(ratio: float | None) -> str:
     """A perplexity divided by the dense model's, in words."""
-    return "∞" if ratio is None or not math.isfinite(ratio) else f"{ratio:,.2f}" if ratio < 10**7 else f"{ratio:.1e}"
+    if ratio is None or not math.isfinite(ratio):
+        return "∞"
+    return f"{ratio:,.2f}" if ratio < 10**7 else f"{ratio:.1e}"
 
 
 def markdown(result: Mapping[str, Any], *, picture: bool) -> str:
     """The comparison as a page: what was measured and how, the table, the picture, and every reason in full."""
-    asked = result["arguments"]
-    count = num_draws(asked)
+    request = result["arguments"]
+    count = num_draws(request)
     drawn = f"{counted(count, 'draw')} of calibration text"
-    if asked["calibration_ids"] or asked["calibration"]:
-        drawn += f" ({'files of token ids' if asked['calibration_ids'] else asked['calibration']})"
-    note = tokens_note(result)
+    if request["calibration_ids"] or request["calibration"]:
+        drawn += f" ({'files of token ids' if request['calibration_ids'] else request['calibration']})"
     if count > 1:
         drawn += "; medians over them, the spread from lowest to highest"
-    changed = f" Changed in every recipe: {', '.join(asked['overrides'])}." if asked["overrides"] else ""
+    changed = f" Changed in every recipe: {', '.join(request['overrides'])}." if request["overrides"] else ""
+    note = tokens_note(result)
     page = [
-        f"# {asked['model']}: {', '.join(asked['methods'])}",
-        "",
-        f"Perplexity on {texts_in_words(result)}; windows of {asked['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
+        f"# {request['model']}: {', '.join(request['methods'])}\n",
+        f"Perplexity on {texts_in_words(result)}; windows of {request['window']}, {result['precision']}, {result['device']}. {drawn}.{changed} Parameters "
         "are counted in the saved models, the largest of a row. Seconds and peak memory are those of the pruning process, the median "
-        "and the largest; the speed-up is that of reading a window." + (f" {note}" if note else ""),
-        "",
-        f"Made by {result['made_by']}.",
-        "",
+        "and the largest; the speed-up is that of reading a window." + (f" {note}" if note else "") + "\n",
+        f"Made by {result['made_by']}.\n",
     ]
     for rows in (result["rows"], result.get("sparse_rows") or []):
         if len(rows) > 1 or rows is result["rows"]:

@@ -9,6 +9,7 @@ Loading ends with the first logit, because engines map files into memory and rea
 is imported before loading begins.
 """
 
+import ctypes
 import json
 import os
 import random
@@ -27,7 +28,7 @@ Runner = Callable[[Sequence[Sequence[int]], int], tuple[float, float]]
 """rows of token ids of one length, n -> seconds to read them, and to write n more tokens in each row."""
 
 
-def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
+def torch_runner(how: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     """A model in torch, with weights in the requested precision, and facts about it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401 (imported before the clock starts)
@@ -37,11 +38,11 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     from adapt_pruner.evaluate.speed import reading_and_writing
     from adapt_pruner.run.estimate import shapes
 
-    torch.set_num_threads(asked["threads"])
-    device = pick_device(asked["device"])
-    dtype = torch.bfloat16 if uses_bfloat16(device, asked["dtype"]) else torch.float32
+    torch.set_num_threads(how["threads"])
+    device = pick_device(how["device"])
+    dtype = torch.bfloat16 if uses_bfloat16(device, how["dtype"]) else torch.float32
     began = time.perf_counter()
-    loaded = load(asked["model"], device=device, dtype=dtype, trust_remote_code=asked["trust"])
+    loaded = load(how["model"], device=device, dtype=dtype, trust_remote_code=how["trust"])
     model = loaded.model.requires_grad_(False)
 
     def run(rows: Sequence[Sequence[int]], count: int) -> tuple[float, float]:
@@ -55,30 +56,30 @@ def torch_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     }  # fmt: skip
 
 
-def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
+def llama_cpp_runner(how: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     """A GGUF file in llama.cpp on the CPU, through its own functions, because the class `Llama` cannot run several rows."""
     import numpy as np
 
     from adapt_pruner.export import llama_cpp
 
-    module, said = llama_cpp.library()
+    module, messages = llama_cpp.library()
     began = time.perf_counter()
     module.llama_backend_init()
-    how = module.llama_model_default_params()
-    how.n_gpu_layers = 0
-    model = module.llama_model_load_from_file(asked["model"].encode(), how)
+    placed = module.llama_model_default_params()
+    placed.n_gpu_layers = 0
+    model = module.llama_model_load_from_file(how["model"].encode(), placed)
     if not model:
         raise RunError(
-            f"llama.cpp cannot load {asked['model']}: {'; '.join(said[-2:]) or 'it does not say why'}; export it again"
+            f"llama.cpp cannot load {how['model']}: {'; '.join(messages[-2:]) or 'it does not say why'}; export it again"
         )
     room = module.llama_context_default_params()
-    most = asked["rows"] * asked["tokens"]
-    room.n_ctx, room.n_seq_max, room.n_batch = most, asked["rows"], most
-    room.n_threads = room.n_threads_batch = asked["threads"]
+    most = how["rows"] * how["tokens"]
+    room.n_ctx, room.n_seq_max, room.n_batch = most, how["rows"], most
+    room.n_threads = room.n_threads_batch = how["threads"]
     context = module.llama_init_from_model(model, room)
     if not context:
         raise RunError(
-            f"llama.cpp has no room for {most:,} tokens ({'; '.join(said[-2:])}); ask for less with --batch or --prompt"
+            f"llama.cpp has no room for {most:,} tokens ({'; '.join(messages[-2:])}); ask for less with --batch or --prompt"
         )
     vocabulary = module.llama_vocab_n_tokens(module.llama_model_get_vocab(model))
     batch = module.llama_batch_init(most, 0, 1)
@@ -95,7 +96,9 @@ def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
                 batch.n_tokens += 1
             ends.append(batch.n_tokens - 1)
         if module.llama_decode(context, batch):
-            raise RunError(f"llama.cpp could not read {batch.n_tokens:,} tokens: {'; '.join(said[-2:]) or 'it does not say why'}")
+            raise RunError(
+                f"llama.cpp could not read {batch.n_tokens:,} tokens: {'; '.join(messages[-2:]) or 'it does not say why'}"
+            )
         module.llama_synchronize(context)
         logits = (module.llama_get_logits_ith(context, end) for end in ends)
         return [int(np.ctypeslib.as_array(row, (vocabulary,)).argmax()) for row in logits]
@@ -110,20 +113,14 @@ def llama_cpp_runner(asked: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
         return middle - start, time.perf_counter() - middle
 
     run([[1]], 0)
-    kind = _file_type(module, model)
+    text = ctypes.create_string_buffer(64)
+    module.llama_model_meta_val_str(model, b"general.file_type", text, len(text))
+    kind = text.value.decode()
     stored = next((name for name, value in llama_cpp.file_types(module).items() if str(value) == kind), "f32")
     return run, {
         "engine": f"llama.cpp through llama-cpp-python {module.__version__}", "stored": stored, "load_seconds": time.perf_counter() - began,
-        "disk_bytes": Path(asked["model"]).stat().st_size, "device": "cpu", "peak": peak_rss_bytes,
+        "disk_bytes": Path(how["model"]).stat().st_size, "device": "cpu", "peak": peak_rss_bytes,
     }  # fmt: skip
-
-
-def _file_type(module: Any, model: Any) -> str:
-    import ctypes
-
-    text = ctypes.create_string_buffer(64)
-    module.llama_model_meta_val_str(model, b"general.file_type", text, len(text))
-    return text.value.decode()
 
 
 def main() -> None:
@@ -135,9 +132,9 @@ def main() -> None:
         out.write(json.dumps(data).encode() + b"\n")
         out.flush()
 
-    asked = json.loads(sys.argv[1])
+    how = json.loads(sys.argv[1])
     try:
-        run, facts = (torch_runner if asked["engine"] == "torch" else llama_cpp_runner)(asked)
+        run, facts = (torch_runner if how["engine"] == "torch" else llama_cpp_runner)(how)
         peak = facts.pop("peak")
         answer(facts | {"peak_bytes": peak()})
         for line in sys.stdin:
@@ -149,7 +146,7 @@ def main() -> None:
     except (UsageError, RunError) as error:
         answer({"error": str(error), "usage": isinstance(error, UsageError)})
     except Exception as error:
-        answer({"error": f"{asked['engine']} failed on {asked['model']}: {first_line(error)}", "usage": False})
+        answer({"error": f"{how['engine']} failed on {how['model']}: {first_line(error)}", "usage": False})
 
 
 if __name__ == "__main__":

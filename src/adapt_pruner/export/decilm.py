@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adapt_pruner.checkpoint import modeling_pruned
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
+from adapt_pruner.core.model import modeling_pruned
 from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, padded_weights, still_fitting, widest

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
-from adapt_pruner.checkpoint.save import check_finite
+from adapt_pruner.checkpoint.save import check_finite, or_unwritten, unwritten
 from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_failure
+from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
@@ -111,8 +111,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
     check_finite(path, loaded.model.state_dict(), dtype=dtype)
     if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
-        raise RunError(f"{path} could not be written: {reason}; nothing was left there")
-    try:
+        raise unwritten(path, reason)
+    with or_unwritten(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as partial:
             if quantised:
@@ -125,11 +125,6 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
             if os.path.lexists(path):
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
                 raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
-    except (OSError, RuntimeError) as error:
-        reason = write_failure(error)
-        if reason is None:
-            raise
-        raise RunError(f"{path} could not be written: {reason}; nothing was left there") from error
     return notes
 
 

@@ -56,10 +56,10 @@ def plain_kernels(module: Any) -> Iterator[None]:
     file, not those kernels. `Llama` has no argument for it, so its default parameters are changed.
     """
     inner = module.llama_cpp
-    given = inner.llama_model_default_params
+    defaults = inner.llama_model_default_params
 
     def params() -> Any:
-        settings = given()
+        settings = defaults()
         settings.use_extra_bufts = False  # has no effect in older versions of llama-cpp-python, which lack the setting
         return settings
 
@@ -67,7 +67,7 @@ def plain_kernels(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        inner.llama_model_default_params = given
+        inner.llama_model_default_params = defaults
 
 
 def file_types(module: Any) -> dict[str, int]:

@@ -25,9 +25,9 @@ _LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama,
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The config of each layer."""
-    own = {int(index): changes for index, changes in (config.get("per_layer_config") or {}).items()}
+    differing = {int(index): changes for index, changes in (config.get("per_layer_config") or {}).items()}
     for index in range(config["num_hidden_layers"]):
-        yield {**config, **own.get(index, {})}
+        yield {**config, **differing.get(index, {})}
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:

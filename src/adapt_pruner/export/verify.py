@@ -234,9 +234,8 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool = False) -> 
 def _logits(reference: Engine, other: Engine, windows: Sequence[Tensor], on_window: Callable[[int, int], None]) -> dict[str, Any]:
     """Differences, agreement and perplexities over all windows; only one window's logits exist at a time."""
     largest = 0.0
-    sums = torch.zeros(
-        7, dtype=torch.float64
-    )  # |difference|, logit, logit², agreeing, positions, loss of the model, of the artefact
+    # |difference|, logit, logit², agreeing, positions, loss of the model, of the artefact
+    sums = torch.zeros(7, dtype=torch.float64)
     predicted = logits = 0
     for done, window in enumerate(windows, start=1):
         ids: list[int] = window[0].tolist()

@@ -1,23 +1,27 @@
-"""Refuse a recipe whose keys do not fit together, before any work is done.
+"""Refuse a recipe whose keys do not fit together, before any work is done, and say why a recipe was refused.
 
 Each check raises a `ValueError`. Its message is one sentence, which names the values, says why they do not fit, and tells the user
 what to change.
 """
 
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, get_args
+
+from pydantic import BaseModel, ValidationError
 
 from adapt_pruner.core.model.kinds import USUAL, WHOLE
 from adapt_pruner.core.system.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
 
 if TYPE_CHECKING:
     from adapt_pruner.recipe.schema import Recipe
 
-__all__ = ["check_fitting", "parse_latency", "unread"]
+__all__ = ["check_fitting", "parse_latency", "sentence", "unread"]
+
+_LONGEST_SHOWN = 200  # characters of a value
 
 
 def parse_latency(written: str) -> float:
@@ -67,16 +71,15 @@ def check_fitting(recipe: "Recipe") -> None:
 
 def _check_minutes(recipe: "Recipe") -> None:
     """Refuse a deadline that the run could not keep."""
-    if "training" in parts.needs("reduce", recipe.reduce):
-        raise ValueError(
-            f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} trains while it removes, since that goes "
-            "by tokens; leave minutes out and set training.tokens (with shrink: --tokens)"
-        )
-    if "all its time" in parts.needs("reduce", recipe.reduce):
-        raise ValueError(
-            f"minutes {recipe.minutes:g} cannot end reduce {recipe.reduce!r}, which takes the time that it needs; leave minutes out and set "
-            "training.tokens (with shrink: --tokens)"
-        )
+    for need, why in (
+        ("training", "trains while it removes, since that goes by tokens"),
+        ("all its time", "takes the time that it needs"),
+    ):
+        if need in parts.needs("reduce", recipe.reduce):
+            raise ValueError(
+                f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} {why}; leave minutes out and set training.tokens "
+                "(with shrink: --tokens)"
+            )
 
 
 def _check_zeros(recipe: "Recipe") -> None:
@@ -100,7 +103,7 @@ def _check_chosen(recipe: "Recipe") -> None:
     """Refuse a chooser that lacks what it needs, and axes that it cannot shrink."""
     chooser, needs = recipe.chooser.partition("(")[0], parts.needs("chooser", recipe.chooser)
     drops = "whole" in needs
-    if recipe.distance is None and "distance" in needs:
+    if recipe.distance is None and "distance" in needs & parts.reads("reduce", recipe.reduce):
         raise ValueError(f"chooser {chooser!r} needs a distance, and distance is null; name one, for example blocks.cosine")
     whole = [kind for kind in recipe.axes if kind in WHOLE]
     if drops and not whole:
@@ -133,7 +136,7 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     part = f"reduce {recipe.reduce.partition('(')[0]!r}"
     add(sorted((CHOICE | {"solver"}) - reads), f"{part} does not read it")
     if not chosen:
-        add(("distance", "amplitude"), f"{part} does not read it")
+        add(("amplitude",), f"{part} does not read it")
     chooser = f"chooser {recipe.chooser.partition('(')[0]!r} does not read it"
     add([key for key in ("step", "amplitude") if not parts.takes("chooser", recipe.chooser, key)], chooser)
     if "distance" not in parts.needs("chooser", recipe.chooser):
@@ -151,12 +154,12 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     solved = "solver" in reads and recipe.solver is not None and "text" in parts.needs("solver", recipe.solver)
     if not (repairs or solved or needs & {"text"} or "calibration" in reads or (chosen and "training" not in needs and by_text)):
         add(
-            [f"calibration.{key}" for key in ("source", "samples", "length", "ids")],
+            [f"calibration.{key}" for key in ("source", "samples", "length", "redraw", "ids")],
             f"method {recipe.method!r} reads no calibration text",
         )
     if recipe.calibration.ids is not None:
         written = repairs and recipe.calibration.self_generated
-        drawn = ("source", "samples") if written else ("source", "samples", "length")
+        drawn = ("source", "samples", "redraw") if written else ("source", "samples", "length", "redraw")
         add([f"calibration.{key}" for key in drawn], "calibration.ids fixes every token", "leave calibration.ids out")
 
     training = recipe.training
@@ -206,3 +209,34 @@ def _check_latency(recipe: "Recipe") -> None:
             f"latency {recipe.latency!r} is predicted from neurons and kv_heads alone, and the recipe also has {others[0]}; set "
             "budget instead"
         )
+
+
+def sentence(error: ValidationError, recipe: type[BaseModel]) -> str:
+    """What is wrong with a recipe, in one sentence: its key, its value and the limit, or the key that was meant."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
+    if first["type"] == "extra_forbidden":
+        model = _model_at(recipe, first["loc"][:-1])
+        return f"recipe key {key!r} is not known; {nearest(str(first['loc'][-1]), model.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key or first["type"] == "value_error":
+        return message if key.rpartition(".")[2] in message else f"recipe key {key!r}: {message}"
+    return f"recipe key {key!r} is {_shown(first['input'])}: {message[0].lower() + message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as a sentence shows it, shortened if it is long."""
+    try:
+        written = repr(value)
+    except (ValueError, RecursionError):  # a number of many thousand digits, a list in lists in lists
+        return f"a {type(value).__name__} that is too long to show"
+    return written if len(written) <= _LONGEST_SHOWN else f"{written[:_LONGEST_SHOWN]}…"
+
+
+def _model_at(model: type[BaseModel], path: Sequence[Any]) -> type[BaseModel]:
+    for key in path:
+        annotation = model.model_fields[str(key)].annotation
+        for kind in get_args(annotation) or (annotation,):  # a table may be optional
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
+    return model

@@ -12,17 +12,17 @@ def keys_of(overrides: Sequence[str]) -> set[str]:
     return {written.partition("=")[0].strip() for written in overrides}
 
 
-def refuse_set_twice(given: Iterable[str], overrides: Sequence[str]) -> None:
+def refuse_set_twice(keys: Iterable[str], overrides: Sequence[str]) -> None:
     """Refuse overrides of keys that options have set already.
 
     Args:
-        given: dotted keys that options have set.
+        keys: dotted keys that options have set.
         overrides: further keys as `KEY=VALUE`.
 
     Raises:
         UsageError: such a key is set again.
     """
-    if twice := sorted(keys_of(overrides) & set(given)):
+    if twice := sorted(keys_of(overrides) & set(keys)):
         raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
 
 

@@ -39,16 +39,8 @@ FOLDERS = {
 """Kind of part, which is a key of a recipe, or `proposal` -> the folder whose files hold such parts."""
 
 
-_SUPPLIED = (
-    "debt",
-    "dtype",
-    "on_axis",
-    "on_layer",
-    "seed",
-    "task",
-    "teacher",
-    "warn",
-)  # arguments that are not options: the run supplies them
+# arguments that are not options: the run supplies them
+_SUPPLIED = ("debt", "dtype", "on_axis", "on_layer", "seed", "task", "teacher", "warn")
 _OF_THE_RECIPE = {  # key -> arguments that are recipe keys of their own, and where these stand
     "chooser": {"step": "step", "amplitude": "amplitude"},
     "schedule": {option: f"training.{option}" for option in ("warmup", "decay", "floor")},
@@ -95,17 +87,17 @@ def _declared(key: str, node: ast.FunctionDef | ast.ClassDef) -> tuple[frozenset
             continue
         try:
             keys = [ast.literal_eval(argument) for argument in call.args]
-            said = {keyword.arg: frozenset(ast.literal_eval(keyword.value)) for keyword in call.keywords}
+            sets = {keyword.arg: frozenset(ast.literal_eval(keyword.value)) for keyword in call.keywords}
         except ValueError as error:
             raise UsageError(
                 f"@part of {node.name} is read without running it, so write its keys and needs as literals"
             ) from error
-        needs = said.get("needs", frozenset())
-        reads = said.get("reads", CHOICE if "chosen" in needs else frozenset())
-        for words, known in ((keys, FOLDERS), (sorted(needs), NEEDS), (sorted(reads), _READ)):
+        needs = sets.get("needs", frozenset())
+        reads = sets.get("reads", CHOICE if "chosen" in needs else frozenset())
+        for words, possible in ((keys, FOLDERS), (sorted(needs), NEEDS), (sorted(reads), _READ)):
             for word in words:
-                if word not in known:
-                    raise UsageError(f"@part of {node.name} names {word!r}, which is not known; {nearest(word, known)}")
+                if word not in possible:
+                    raise UsageError(f"@part of {node.name} names {word!r}, which is not known; {nearest(word, possible)}")
         if key in keys:
             return needs, reads
     return None
@@ -168,13 +160,13 @@ def _split(key: str, written: str) -> tuple[str, dict[str, Any]]:
             raise UsageError(f"option {item.strip()!r} of {key} {name!r} has no value; write it like option=value")
         options[option.strip()] = value_of(value, f"the value of option {option.strip()!r} of {key} {name!r}")
     functions = _found(key)
-    known = sorted(functions)
-    if name not in known:
-        same = [full for full in known if full.rpartition(".")[2] == name]
+    full_names = sorted(functions)
+    if name not in full_names:
+        same = [full for full in full_names if full.rpartition(".")[2] == name]
         if len(same) > 1:
             raise UsageError(f"{key} {name!r} is the name of several parts; write one of {', '.join(same)}")
         if not same:
-            raise UsageError(f"{key} {name!r} is not known; {nearest(name, known)}")
+            raise UsageError(f"{key} {name!r} is not known; {nearest(name, full_names)}")
         name = same[0]
     takes = functions[name].takes
     elsewhere = {option: place for option, place in _OF_THE_RECIPE.get(key, {}).items() if option in takes}
@@ -210,8 +202,8 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
     within = ""
     if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Annotated":
         assert isinstance(annotation.slice, ast.Tuple)
-        annotation, told = annotation.slice.elts
-        within = ast.literal_eval(told)
+        annotation, limit = annotation.slice.elts
+        within = ast.literal_eval(limit)
     kinds = ast.unparse(annotation).split(" | ")
     if value is None and "None" in kinds:
         return None
@@ -224,13 +216,8 @@ def _value(value: Any, annotation: ast.expr | None, *, what: str) -> Any:
     if "str" in kinds and isinstance(value, str):
         return value
     within = f" ({within})" if within else ""
-    named = {
-        "bool": "true or false",
-        "int": f"a whole number{within}",
-        "float": f"a number{within}",
-        "str": "a word",
-        "None": "null",
-    }
+    counting = f"number{within}"
+    named = {"bool": "true or false", "int": f"a whole {counting}", "float": f"a {counting}", "str": "a word", "None": "null"}
     if unknown := [kind for kind in kinds if kind not in named]:
         raise UsageError(
             f"{what} cannot be given in a recipe, because its type {unknown[0]} is none of {', '.join(named)} and Literal; leave it out"

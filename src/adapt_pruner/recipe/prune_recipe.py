@@ -9,26 +9,24 @@ from adapt_pruner.recipe.schema import Recipe, read
 
 __all__ = ["to_prune"]
 
-_DEFAULTS = {"seed": 0, "device": "auto", "dtype": "auto"}  # options that always have a value
 
-
-def to_prune(asked: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
+def to_prune(options: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that prunes a model once and does not train.
 
     Args:
-        asked: dotted key of a recipe -> value; None if the user did not set it.
+        options: dotted key of a recipe -> value; None if the user did not set it.
         overrides: further keys as `KEY=VALUE`, as `recipe.read` takes them.
 
     Raises:
         UsageError: no size to reach is named, or two are; a key is set twice or has no effect; or the recipe trains.
     """
-    given = {key: value for key, value in asked.items() if value is not None}
-    if "budget" in given and "latency" in given:
+    values = {key: value for key, value in options.items() if value is not None}
+    if "budget" in values and "latency" in values:
         raise UsageError(
-            f"--params {given['budget']} and --latency {given['latency']} both say how far to prune; leave one of them out"
+            f"--params {values['budget']} and --latency {values['latency']} both say how far to prune; leave one of them out"
         )
-    refuse_set_twice([key for key, value in given.items() if _DEFAULTS.get(key, ...) != value], overrides)
-    recipe = read({}, values=given, overrides=overrides)
+    refuse_set_twice(values, overrides)
+    recipe = read({}, values=values, overrides=overrides)
     if recipe.makes_zeros and not recipe.sparsity:
         raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
     if not (recipe.makes_zeros or recipe.budget or recipe.latency):

@@ -32,9 +32,8 @@ from adapt_pruner.core.system.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.recipe import parts
-from adapt_pruner.recipe.fitting import check_fitting, unread
+from adapt_pruner.recipe.fitting import check_fitting, sentence, unread
 from adapt_pruner.recipe.overrides import keys_of, refuse_lost
-from adapt_pruner.recipe.refusal import sentence
 
 __all__ = [
     "ALIASES",
@@ -72,9 +71,9 @@ def check_precision(name: Any) -> str:
     Raises:
         UsageError: the name is not known.
     """
-    known = get_args(Precision)
-    if name not in known:
-        raise UsageError(f"dtype {name!r} is not known; {nearest(str(name), known)}")
+    formats = get_args(Precision)
+    if name not in formats:
+        raise UsageError(f"dtype {name!r} is not known; {nearest(str(name), formats)}")
     return str(name)
 
 
@@ -107,12 +106,8 @@ Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if v
 """A budget as people write it; empty stands for no budget."""
 
 
-def _part(key: str) -> Any:
-    return Annotated[str, AfterValidator(lambda written: parts.check(key, written))]
-
-
-def _optional_part(key: str) -> Any:
-    return Annotated[str | None, AfterValidator(lambda written: None if written is None else parts.check(key, written))]
+def _part(key: str, kind: Any = str) -> Any:
+    return Annotated[kind, AfterValidator(lambda written: None if written is None else parts.check(key, written))]
 
 
 class _Frozen(BaseModel):
@@ -311,12 +306,12 @@ class Recipe(_Frozen):
     # fmt: off
     metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     sequential_scoring: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
-    distance: _optional_part("distance") = Field(None, description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
-    head_metric: _optional_part("head_metric") = Field(None, description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
+    distance: _part("distance", str | None) = Field(None, description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
+    head_metric: _part("head_metric", str | None) = Field(None, description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
     chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
-    repair: _optional_part("repair") = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
+    repair: _part("repair", str | None) = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
     reduce: _part("reduce") = Field("units", description="how the model reaches a stage's budget, or how its weights become zero; `adapt-pruner methods` names what each method uses")  # type: ignore[valid-type]
-    solver: _optional_part("solver") = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
+    solver: _part("solver", str | None) = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
     # fmt: on
     step: float = Field(
         0.02, ge=1e-4, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot"
@@ -551,9 +546,9 @@ def read(
         raise UsageError(sentence(error, Recipe)) from error
 
 
-def differing(one: Recipe, other: Recipe) -> list[str]:
+def differing(first: Recipe, second: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ; keys that do not change what a run computes are left out."""
-    left, right = (recipe.model_dump(mode="json") for recipe in (one, other))
+    left, right = (recipe.model_dump(mode="json") for recipe in (first, second))
     keys = []
     for key, value in left.items():
         if key in _OF_THE_MACHINE or value == right[key]:

@@ -39,7 +39,7 @@ __all__ = ["BetweenSteps"]
 @part(
     "reduce",
     needs={"chosen", "training"},
-    reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "debt"},
+    reads={"axes", "metric", "distance", "chooser", "repair", "multiple_of", "equal_widths", "debt"},
 )
 class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""

@@ -8,36 +8,18 @@ At the end the units with the highest s stay, and one cut is made.
 """
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.events.run import Searched
-from adapt_pruner.core.model.axes import Axis, Mask, Scores
-from adapt_pruner.core.model.budget import Budget
-from adapt_pruner.core.model.kinds import USUAL
+from adapt_pruner.core.model.axes import Axis, Scores
 from adapt_pruner.core.system.parts import part
-from adapt_pruner.data.tokens import batches_of
-from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.reduce.choose.allocate import Debt
-from adapt_pruner.reduce.choose.rank import standardised
-from adapt_pruner.reduce.units import (
-    Units,
-    metrics_of,
-    prunable,
-    refuse_limits,
-    repair_parameters,
-    repaired,
-    scores_of,
-    with_forward,
-    within_widths,
-)
+from adapt_pruner.reduce.learnt_units import KINDS, LearntUnits
+from adapt_pruner.reduce.units import metrics_of, prunable, scores_of
 from adapt_pruner.score.calibrate import score_sequentially
-from adapt_pruner.work import Change, Passes, TextUse, Work
+from adapt_pruner.work import Work
 
 __all__ = ["PolicyGradient", "projected", "start_of"]
 
@@ -49,8 +31,10 @@ _EPS = 1e-7
     needs={"chosen", "text", "all its time"},
     reads={"axes", "metric", "chooser", "repair", "multiple_of", "equal_widths", "sequential_scoring"},
 )
-class PolicyGradient(Units):
+class PolicyGradient(LearntUnits):
     """Learn which units stay by policy gradient over random masks, without back-propagation (Bypass)."""
+
+    name = "policy_gradient"
 
     def __init__(
         self,
@@ -86,91 +70,23 @@ class PolicyGradient(Units):
         super().__init__()
         self.updates, self.masks, self.sequences = updates, masks, sequences
         self.lr, self.window, self.exact = lr, window, exact
-        self._stage, self._done, self._baseline = 0, 0, math.nan
-        self._stay: dict[str, Tensor] = {}
+        self.passes, self._baseline = masks, math.nan
 
-    def check(self, work: Work) -> None:
-        """Refuse axes other than neurons and KV heads."""
-        others = [kind for kind in work.recipe.axes if kind not in USUAL]
-        if others:
-            raise UsageError(
-                f"reduce policy_gradient draws neurons and kv_heads, and axes names {', '.join(others)}; leave that out of axes"
-            )
-        super().check(work)
-        refuse_limits(work, "reduce policy_gradient learns how many units each layer keeps")
+    def _begin(self, work: Work, axes: Sequence[Axis], keep: float, **where: int) -> None:
+        """Probabilities by the scores of the metric."""
+        scores = _scores(work, axes, keep, **where)
+        self._values = {axis.name: start_of(scores[axis.name], keep) for axis in axes}
+        self._baseline = math.nan
 
-    def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
-        """Draws of calibration text: one for the start, and those that the updates read."""
-        per_draw = max(1, work.recipe.calibration.samples // self.sequences)
-        return 1 + -(-self.updates // per_draw) if reached > target else 0
-
-    def text_use(self, work: Work) -> TextUse:
-        """What the metric reads, and forward passes."""
-        return with_forward(super().text_use(work))
-
-    def phases(self, work: Work, target: int) -> dict[str, Passes]:
-        """Scoring once, the updates, and the repair; the time of the updates is known only once some are done."""
-        phases = {
-            name: replace(passes, times=1) for name, passes in super().phases(work, target).items() if name in ("score", "repair")
-        }
-        last = {"repair": phases.pop("repair")} if "repair" in phases else {}
-        return {**phases, "search": Passes(flops=None, times=self.updates), **last}
-
-    def steps(self, work: Work, target: int) -> Iterator[Change | Searched]:
-        """Learn s and report after every draw of text; then yield one cut."""
-        now, axes = work.num_params, [axis for axis in prunable(work) if axis.size > axis.least]  # a lone KV head cannot go
-        if now <= target:
-            return
-        where = {"stage": work.state.stage, "iteration": work.iteration}
-        excess = now + repair_parameters(work) - target
-        keep = 1 - excess / sum(axis.size * axis.cost for axis in axes)
-        with work.state.clock("score"):
-            if self._stage != work.state.stage or self._stay.keys() != {axis.name for axis in axes}:
-                scores = _scores(work, axes, keep, **where)
-                self._stay = {axis.name: start_of(scores[axis.name], keep) for axis in axes}
-                self._stage, self._done, self._baseline = work.state.stage, 0, math.nan
-            batches = yield from self._learn(work, axes, keep)
-        budget = Budget(keep=target, total=now + repair_parameters(work))
-        # If neurons can pay the rest, heads lose just the share that is due.
-        both = {axis.kind for axis in axes} == set(USUAL)
-        structure = {"structure": "AL-MM", "heads": max(0.0, 1 - keep)} if both else {"structure": "AL-AM"}
-        choose = within_widths(work, partial(standardised, step=1.0, by="feature", **structure))
-        sizes, _ = choose(self._stay, axes, budget, debt=Debt.none(axes))
-        mask = Mask.of_sizes(axes, self._stay, sizes)
-        loss = work.loss({}, batches)
-        repaired(work, mask, work.batches(), **where)
-        self._stage = 0
-        yield Change(mask, loss, {"sizes": sizes})
-
-    def _learn(self, work: Work, axes: Sequence[Axis], keep: float) -> Generator[Searched, None, list[Tensor]]:
-        """Make the updates that are left, in place; returns the first sequences of the last draw."""
-        rows: list[Tensor] = []
-        work.begins("search", stage=work.state.stage)
-        per_draw = max(1, sum(len(batch) for batch in work.data.calibration(work.iteration)) // self.sequences)
-        losses: list[float] = []
-        while self._done < self.updates:
-            draw, place = divmod(self._done, per_draw)
-            if not rows or place == 0:
-                rows = [row for batch in work.batches(ahead=draw) for row in batch.split(1)]
-            batches = _together(rows[place * self.sequences : (place + 1) * self.sequences])
-            losses += self._update(work, axes, keep, batches)
-            if self._done % per_draw == 0 or self._done == self.updates:
-                whole = [loss for loss in losses if math.isfinite(loss)]
-                if not whole:
-                    raise RunError(
-                        f"no mask of {len(losses)} has a finite loss on the calibration text; set dtype=float32, or keep more of the model"
-                    )
-                yield Searched(
-                    stage=work.state.stage, done=self._done, of=self.updates, evaluations=self._done * self.masks,
-                    best=min(whole), mean=sum(whole) / len(whole), sizes={axis.name: float(self._stay[axis.name].sum()) for axis in axes},
-                )  # fmt: skip
-                losses = []
-        return _together(rows[: self.sequences]) if rows else work.batches()[:1]
+    def _how(self, axes: Sequence[Axis], keep: float) -> dict[str, Any]:
+        """If neurons can pay the rest, heads lose just the share that is due."""
+        both = {axis.kind for axis in axes} == set(KINDS)
+        return {"structure": "AL-MM", "heads": max(0.0, 1 - keep)} if both else super()._how(axes, keep)
 
     def _update(self, work: Work, axes: Sequence[Axis], keep: float, batches: Sequence[Tensor]) -> list[float]:
         """Update s once, in place; returns the losses of the masks."""
         generator = torch.Generator().manual_seed((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + self._done)
-        stay = self._stay
+        stay = self._values
         drawn = [{name: torch.bernoulli(share, generator=generator) for name, share in stay.items()} for _ in range(self.masks)]
         losses = [work.loss(gates, batches) for gates in drawn]
         seen = [(loss, gates) for loss, gates in zip(losses, drawn, strict=True) if math.isfinite(loss)]
@@ -197,7 +113,7 @@ class PolicyGradient(Units):
             return {}
         return {
             "stage": self._stage, "done": self._done, "baseline": None if math.isnan(self._baseline) else self._baseline,
-            "stay": {name: share.tolist() for name, share in self._stay.items()},
+            "stay": {name: share.tolist() for name, share in self._values.items()},
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -205,11 +121,7 @@ class PolicyGradient(Units):
         if "stay" in state:
             self._stage, self._done = state["stage"], state["done"]
             self._baseline = math.nan if state["baseline"] is None else state["baseline"]
-            self._stay = {name: torch.tensor(share) for name, share in state["stay"].items()}
-
-    def fit(self, work: Work) -> None:
-        """Restart the stage's search, because the recipe or a text changed."""
-        self._stage = 0
+            self._values = {name: torch.tensor(share) for name, share in state["stay"].items()}
 
 
 def start_of(scores: Tensor, keep: float) -> Tensor:
@@ -246,8 +158,3 @@ def _scores(work: Work, axes: Sequence[Axis], keep: float, **where: int) -> Scor
             work.model, work.axes, sizes, batches, metric=metric, known=scores, task=work.task, dtype=recipe.dtype
         )
     return scores
-
-
-def _together(rows: Sequence[Tensor]) -> list[Tensor]:
-    """The sequences of an update in as few batches as their lengths allow; the user's own token ids may differ in length."""
-    return batches_of(rows, max_tokens=sum(row.numel() for row in rows))

@@ -3,6 +3,7 @@
     sizes        units that each axis keeps; the start is what the recipe's chooser keeps if all scores are equal
     a swap       one axis of a kind a level up, another of that kind a level down, so that the budget stays as it is
     a round      `proposals` gives candidates; their loss on a little text says which are measured on more; the best stay
+    a draw       sequences of the calibration text; with `redraw` each round has two of its own, a little one and a larger one
 
 A candidate is measured with its units shut, not cut. With `repaired` it is measured with the weights that the recipe's repair
 would give it. Only the best candidate is cut, at the end.
@@ -14,6 +15,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 import torch
@@ -26,6 +28,8 @@ from adapt_pruner.core.model.cut import gated
 from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
+from adapt_pruner.data.tokens import batches_of
+from adapt_pruner.data.windows import MICRO_TOKENS
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.propose.proposals import Candidate, Space
@@ -61,40 +65,50 @@ class Search(Units):
         *,
         proposals: str = "evolution",
         model: str = "",
-        population: Annotated[int, "2 or more"] = 30,
+        starts: Annotated[int, "0 or more"] = 0,
+        population: Annotated[int, "1 or more"] = 30,
         offspring: Annotated[int, "1 or more"] = 20,
-        rounds: Annotated[int, "1 or more"] = 20,
+        rounds: Annotated[int, "0 or more"] = 20,
         level: Annotated[float, "0 to 1"] = 0.1,
         fitness: Literal["loss", "kl"] = "loss",
         tokens: Annotated[int, "2 or more"] = 2048,
         finalists: Annotated[int, "1 or more"] = 5,
+        final_tokens: Annotated[int, "0 or more"] = 0,
+        redraw: bool = False,
         repaired: bool = False,
     ) -> None:
         """
         Args:
-            proposals: what makes candidates: `evolution`; `random`, its control, which draws all of them anew; or
-                `language_model`.
+            proposals: what makes candidates: `evolution`; `mutation`, without crossings; `random`, their control, which draws all of
+                them anew; or `language_model`.
             model: the chat model of `language_model`: an address like http://localhost:8000/v1#NAME, or a model on this machine.
+            starts: number of random candidates in the first round. 0 begins with the chooser's sizes and `population` - 1 candidates
+                up to four swaps away from them.
             population: number of best candidates that stay after a round.
             offspring: number of new candidates in a round.
-            rounds: number of rounds.
+            rounds: number of rounds after the first. 0, for blocks: k (n - k) / 1.5, where k of n attentions or MLPs go, whichever
+                is more.
             level: neurons that a swap moves, as a share of the widest layer's; of heads and whole blocks a swap moves one.
             fitness: `loss` on text, or `kl`, KL(model before the search ‖ candidate) of its predictions in nats.
             tokens: number of tokens on which all candidates are measured first.
-            finalists: how many of a round are then measured on the whole draw of calibration text; only these may join the
-                population.
+            finalists: how many of a round are then measured on more; only these may join the population.
+            final_tokens: number of tokens on which finalists are measured; 0 for the whole draw of calibration text.
+            redraw: draw the sequences of both measurements anew in every round, and measure the population again beside its
+                finalists. Else a round measures on the first sequences, which are the same in all.
             repaired: measure candidates with repaired weights. The recipe's repair runs once for each level, for all layers at
                 once, so it must repair each layer by itself; its factors are left out. The weights of every level stay in memory.
 
         Candidates are measured on the calibration text of the next iteration, not on the text that the scores read.
 
-        Source: arXiv:2502.14413 (population 30, 10 + 10 offspring, 20 rounds) and EvoPress, arXiv:2410.14649 (swaps, growing
-        text). Differs from the first: sizes are found under an exact number of parameters, by swaps rather than by rates that a
-        language model writes, and fitness does not read WikiText.
+        Source: arXiv:2502.14413 (population 30, 10 + 10 offspring, 20 rounds) and EvoPress, arXiv:2410.14649, with its released code
+        (swaps, growing text; `starts`, `mutation`, `redraw`, `rounds=0`). Differs from the first: sizes are found under an exact
+        number of parameters, by swaps rather than by rates that a language model writes, and fitness does not read WikiText.
+        Differs from the second: parameters are given, not a number of blocks, and the first candidates have finalists, too.
         """
         super().__init__()
         self.model, self.proposals, self.population, self.offspring, self.rounds = model, proposals, population, offspring, rounds
-        self.level, self.fitness, self.tokens, self.finalists = level, fitness, tokens, finalists
+        self.level, self.fitness, self.starts = level, fitness, starts
+        self.tokens, self.finalists, self.final_tokens, self.redraw = tokens, finalists, final_tokens, redraw
         self.on_repaired = repaired
         self._found = _Found()
 
@@ -106,6 +120,10 @@ class Search(Units):
                 "leave that out of axes"
             )
         super().check(work)
+        if not self.rounds and not {"attentions", "mlps"} & set(work.recipe.axes):
+            raise UsageError(
+                "reduce search(rounds=0) counts the attentions and mlps that go, and axes names neither; give a number, such as rounds=20"
+            )
         parts.check("proposal", self.proposals)
         if parts.takes("proposal", self.proposals, "model") is not bool(self.model):
             raise UsageError(
@@ -145,7 +163,15 @@ class Search(Units):
             if name in ("score", "blocks", "repair")
         }
         last = {"repair": phases.pop("repair")} if "repair" in phases else {}
-        return {**phases, **levels, "search": Passes(flops=None, times=self.rounds + 1), **last}
+        rounds = self._num_rounds(prunable(work), sizes_alike(work, keep=target))
+        return {**phases, **levels, "search": Passes(flops=None, times=rounds + 1), **last}
+
+    def _num_rounds(self, axes: Sequence[Axis], base: Mapping[str, int]) -> int:
+        """Rounds after the first."""
+        if self.rounds:
+            return self.rounds
+        kinds = [[base[axis.name] for axis in axes if axis.kind == kind] for kind in ("attentions", "mlps")]
+        return max(1, *(int(sizes.count(0) * (len(sizes) - sizes.count(0)) / 1.5) for sizes in kinds))
 
     def num_steps(self, work: Work, *, start: int, reached: int, target: int) -> int:
         """Draws of calibration text: one for the scores, one to measure candidates on."""
@@ -186,9 +212,14 @@ class Search(Units):
         so_far = self._found
         chat = functools.cache(lambda: load(self.model, device=work.model.device, any_family=True))
         propose = parts.bind("proposal", self.proposals, model=chat if self._is_here else self.model, warn=work.warn)
-        while so_far.done <= self.rounds:
+        rounds = self._num_rounds(axes, space.base)
+        while so_far.done <= rounds:
             draw = random.Random((work.recipe.seed * 1_000_003 + work.state.stage) * 100_003 + so_far.done)
-            if so_far.done == 0:  # the start and its neighbours
+            if self.redraw:
+                judge.draw(draw)
+            if so_far.done == 0 and self.starts:
+                candidates = [space.drawn(draw) for _ in range(self.starts)]
+            elif so_far.done == 0:  # the start and its neighbours
                 candidates = [space.base, *(space.swapped(space.base, draw, 4) for _ in range(self.population - 1))]
             else:
                 candidates = world.on_main(lambda: propose(so_far.population, space, draw, self.offspring))  # noqa: B023
@@ -201,9 +232,11 @@ class Search(Units):
                 if params_of(work, axes, sizes) <= keep:
                     measured.append(Candidate(sizes, judge.little(sizes)))
                 tell(number, len(candidates))
-            whole = [Candidate(best.sizes, judge.whole(best.sizes)) for best in _best(measured)[: self.finalists]]
+            staying = so_far.population
+            again = [*_best(measured)[: self.finalists], *(staying if self.redraw else [])]
+            whole = [Candidate(candidate.sizes, judge.whole(candidate.sizes)) for candidate in again]
             so_far.evaluations += len(measured) + len(whole)
-            so_far.population = _best([*so_far.population, *whole])[: self.population]
+            so_far.population = _best([*([] if self.redraw else staying), *whole])[: self.population]
             if not so_far.population:
                 raise RunError(
                     f"none of {len(measured)} candidates has a finite loss; set dtype=float32, or keep more of the model"
@@ -212,7 +245,7 @@ class Search(Units):
             finite = [candidate.loss for candidate in measured if math.isfinite(candidate.loss)]
             losses = finite or [so_far.population[0].loss]
             yield Searched(
-                stage=work.state.stage, done=so_far.done, of=self.rounds + 1, evaluations=so_far.evaluations,
+                stage=work.state.stage, done=so_far.done, of=rounds + 1, evaluations=so_far.evaluations,
                 best=so_far.population[0].loss, mean=sum(losses) / len(losses),
                 sizes={name: float(size) for name, size in so_far.population[0].sizes.items()},
             )  # fmt: skip
@@ -250,39 +283,50 @@ class _Found:
         return cls(data["stage"], data["done"], data["evaluations"], population)
 
 
+_Piece = tuple[Tensor, Tensor | None]
+"""Token ids, [batch, length], and the unpruned model's hidden states for them if fitness is a divergence."""
+
+
 class _Judge:
     """Measures candidates: their loss on the text, or how far their predictions are from those of the unpruned model."""
 
     def __init__(
         self, work: Work, axes: Sequence[Axis], scores: Scores, text: Sequence[Tensor], how: Search, weights: "_Weights"
     ) -> None:
-        self._work, self._axes, self._scores, self._text, self._weights = work, axes, scores, list(text), weights
-        before = 0
-        self._little: list[Tensor] = []
-        for batch in self._text:
-            if before < how.tokens:
-                self._little.append(batch)
-            before += batch.numel()
-        self._goals = [self._hidden(batch) for batch in self._text] if how.fitness == "kl" else []
+        self._work, self._axes, self._scores, self._weights, self._how = work, axes, scores, weights, how
+        self._text: list[_Piece] = [(batch, self._hidden(batch) if how.fitness == "kl" else None) for batch in text]
+        self._little, self._more = _first(self._text, how.tokens), _first(self._text, how.final_tokens)
+
+    def draw(self, draw: random.Random) -> None:
+        """Draw the sequences that candidates are measured on, and those for the finalists."""
+        rows: list[_Piece] = []
+        for batch, goal in self._text:
+            goals = [None] * len(batch) if goal is None else goal.split(1)
+            rows += zip(batch.split(1), goals, strict=True)
+        for_all, for_finalists = (draw.sample(rows, len(rows)) for _ in range(2))
+        self._little = _joined(_first(for_all, self._how.tokens))
+        self._more = _joined(_first(for_finalists, self._how.final_tokens))
 
     def little(self, sizes: Mapping[str, int]) -> float:
-        """Fitness on the first `tokens` tokens, rounded up to whole batches."""
+        """Fitness on the first `tokens` tokens, rounded up to whole batches or, if drawn, to whole sequences."""
         return self._measured(sizes, self._little)
 
     def whole(self, sizes: Mapping[str, int]) -> float:
-        """Fitness on the whole draw of text."""
-        return self._measured(sizes, self._text)
+        """Fitness on `final_tokens` tokens, or on the whole draw of text."""
+        return self._measured(sizes, self._more)
 
-    def _measured(self, sizes: Mapping[str, int], text: Sequence[Tensor]) -> float:
+    def _measured(self, sizes: Mapping[str, int], text: Sequence[_Piece]) -> float:
         mask, work = Mask.of_sizes(self._axes, self._scores, sizes), self._work
+        batches = [batch for batch, _ in text]
         with _standing_in(work.model, self._weights, sizes):
-            if not self._goals:
-                return work.loss(mask, text)
+            if self._how.fitness == "loss":
+                return work.loss(mask, batches)
             total = 0.0
             with gated(work.model, work.axes, mask):
-                for batch, goal in zip(text, self._goals, strict=False):
+                for batch, goal in text:
+                    assert goal is not None
                     total += self._divergence(batch, goal)
-            return total / work.task.num_predicted(text)
+            return total / work.task.num_predicted(batches)
 
     @torch.no_grad()
     def _hidden(self, batch: Tensor) -> Tensor:
@@ -301,6 +345,22 @@ class _Judge:
             entering, targets = task.predicting(task.read(model, batch).last_hidden_state, batch, None)
             aim, _ = task.predicting(goal, batch, None)
             return float(task.of_logits(model, entering, kl_of_logits(targets, aim, model, task)))
+
+
+def _first(text: Sequence[_Piece], tokens: int) -> list[_Piece]:
+    """The first pieces, until they have so many tokens; all for 0."""
+    before = accumulate((ids.numel() for ids, _ in text), initial=0)
+    return [piece for piece, read in zip(text, before, strict=False) if not tokens or read < tokens]
+
+
+def _joined(rows: Sequence[_Piece]) -> list[_Piece]:
+    """The same rows in batches."""
+    joined: list[_Piece] = []
+    for batch in batches_of([ids for ids, _ in rows], max_tokens=MICRO_TOKENS):
+        done = sum(len(ids) for ids, _ in joined)
+        goals = [goal for _, goal in rows[done : done + len(batch)] if goal is not None]
+        joined.append((batch, torch.cat(goals) if goals else None))
+    return joined
 
 
 _Weights = dict[str, tuple[str, dict[int, Tensor]]]

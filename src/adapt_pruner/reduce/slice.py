@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.checkpoint import modeling_sliced
+from adapt_pruner.core.model import modeling_sliced
 from adapt_pruner.core.model.layers import decoder_layers, streams
 from adapt_pruner.core.model.precision import casting_once, precision
 from adapt_pruner.core.system import world
@@ -253,7 +253,7 @@ def rotate(model: Any, sliced: Any, bases: Iterable[Tensor]) -> None:
 
     Args:
         model: causal LM of the Llama layout; left as found.
-        sliced: the model of `checkpoint.modeling_sliced` that is as wide as the bases.
+        sliced: the model of `core.model.modeling_sliced` that is as wide as the bases.
         bases: the basis before each block, float64 [d, k] with orthonormal columns, as `directions` yields them.
 
     Source: SliceGPT, arXiv:2401.15024, algorithm 1. Differs: the authors' code rotates the unsliced head and the output of the

@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.checkpoint.modeling_pruned import add_block_sums
 from adapt_pruner.core.events.run import MasksLearnt, Within
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.core.model.modeling_pruned import add_block_sums
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.precision import casting_once
 from adapt_pruner.core.model.weight_mask import WeightMask, largest, linear_layers, oriented, stored
@@ -63,8 +63,9 @@ class SparseTraining(Reduction):
 
         Source: AST, arXiv:2407.20584 and its released code: every = 10, λ = 6e-5 and a rise over a fifth of the steps are those
         of its LLaMA runs. Differs: masks are bool, so that decay acts on masked weights alone (the authors' GPT-2 code takes `~`
-        of an int mask, which does not); λ is added after gradients are clipped; the projection P of SLoRB is the sums of blocks
-        and is not trained.
+        of an int mask, which does not); their GPT-2 optimiser averages the loss gradient alone and adds the decay after that;
+        their Wanda norms come from one calibration of the dense model; the last choice of masks is not trained unless `share` is
+        below 1; the projection P of SLoRB is the sums of blocks and is not trained.
         """
         self.scores, self.every, self.decay, self.ramp, self.share, self.slorb = scores, every, decay, ramp, share, slorb
         self._began: dict[str, int] = {}

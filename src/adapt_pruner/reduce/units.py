@@ -249,6 +249,8 @@ def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scor
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
     if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
         scores |= checked(measure_layers(work.model, _measured_whole(work), batches), part=f"distance {recipe.distance!r}")
+    if "distance" not in parts.reads("reduce", recipe.reduce):  # a search decides which blocks go, and one unit needs no rank
+        scores |= {axis.name: torch.zeros(axis.entries) for axis in prunable(work) if axis.gate.is_whole}
     _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
     for axis in prunable(work):
         if scores[axis.name].shape != (axis.entries,):

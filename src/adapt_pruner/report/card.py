@@ -104,9 +104,9 @@ def card_of(folder: Path, *, exported: tuple[str, Mapping[str, Any]] | None = No
     Raises:
         UsageError: `folder` is not a checkpoint of ours, or its run has not ended.
     """
-    told = _told(folder)
+    contents = _told(folder)
     try:
-        return card(*told, exported=exported)
+        return card(*contents, exported=exported)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError, jinja2.TemplateError) as error:
         # only the two files can cause these
         raise UsageError(

@@ -82,9 +82,9 @@ class Lines(Chart):
 
     def looks(self) -> list[tuple[int, int]]:
         """For each line, how often all colours were used before it, and its colour; a faint line has its line's colour."""
-        one = any(series.faint for series in self.series)
+        single = any(series.faint for series in self.series)
         numbers = count()
-        return [(0, 0) if one or series.star else divmod(next(numbers), TONES) for series in self.series]
+        return [(0, 0) if single or series.star else divmod(next(numbers), TONES) for series in self.series]
 
     def leads(self) -> list[list[tuple[float, float]]]:
         """For each line, the thin line from the star to its nearest point; empty for the star, and if there is no star."""
@@ -111,7 +111,7 @@ class Lines(Chart):
         labelled: list[tuple[float, float, str]] = []
         for x, y, text in sorted(
             ((*point, text) for series in self.series for point, text in zip(series.points, series.labels, strict=False) if text),
-            key=lambda one: one[1],
+            key=lambda labelled_point: labelled_point[1],
         ):
             if not any(abs(x - a) < 0.1 * wide and abs(turn(y) - turn(b)) < 0.1 * high for a, b, _ in labelled):
                 labelled.append((x, y, text))
@@ -137,12 +137,14 @@ class HeatMap(Chart):
 
     def shades(self) -> list[list[float | None]]:
         """The values as shades from 0 to 1: as shares of the highest value or, with `by_rank`, as the share of lower values."""
-        known = sorted(value for line in self.values for value in line if value is not None)
+        values = sorted(value for line in self.values for value in line if value is not None)
 
         def shade(value: float | None) -> float | None:
             if value is None:
                 return None
-            return bisect_left(known, value) / max(1, len(known) - 1) if self.by_rank else max(0.0, value) / max(known[-1], 1e-9)
+            return (
+                bisect_left(values, value) / max(1, len(values) - 1) if self.by_rank else max(0.0, value) / max(values[-1], 1e-9)
+            )
 
         return [[shade(value) for value in line] for line in self.values]
 
@@ -254,16 +256,18 @@ def anatomy(figures: Figures) -> Anatomy | None:
         gone = [[max(0, a - b) for a, b in zip(before, later, strict=True)] for before, later in pairwise(course)]
         if any(total):
             panels.append(Panel(LABELS.get(kind, kind), total, course[-1], gone))
-    said = []
+    sentences = []
     for panel in panels:
         share = 1 - sum(panel.left) / sum(panel.total)
-        said.append(f"{share:.0%} of the {panel.name} went" if share else f"no {panel.name} went")
+        sentences.append(f"{share:.0%} of the {panel.name} went" if share else f"no {panel.name} went")
     missing = [layer for layer in layers if layer not in states[-1].layers]
     if missing:
-        said.append(f"{counted(len(missing), 'whole layer')} went ({', '.join(map(str, missing))})")
-    said += [f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")]
+        sentences.append(f"{counted(len(missing), 'whole layer')} went ({', '.join(map(str, missing))})")
+    sentences += [
+        f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")
+    ]
     return Anatomy(
-        "anatomy", "What was taken out, layer by layer", "; ".join(said)[:1].upper() + "; ".join(said)[1:] + ".", layers, panels,
+        "anatomy", "What was taken out, layer by layer", "; ".join(sentences)[:1].upper() + "; ".join(sentences)[1:] + ".", layers, panels,
         [(state.label, state.params) for state in states], (began.label, began.params),
     )  # fmt: skip
 
@@ -277,8 +281,8 @@ def importance(figures: Figures) -> HeatMap | None:
     columns = sorted({layer for layers in left for layer in layers})
     values: list[list[float | None]] = []
     for cut, layers in zip(cuts, left, strict=True):
-        own = dict(zip(layers, cut.distances or [], strict=False))
-        values.append([own.get(layer) for layer in columns])
+        distances = dict(zip(layers, cut.distances or [], strict=False))
+        values.append([distances.get(layer) for layer in columns])
     return HeatMap(
         "importance", "How much each layer matters",
         "How far a layer moves its input, measured before each cut. Layers that move it less give up more.",
@@ -337,13 +341,13 @@ def costs(figures: Figures) -> Lines | None:
 
 def search(figures: Figures) -> Lines | None:
     """The losses of the candidates of each round, over the number of measured losses; None below two rounds."""
-    stages = sorted({one.stage or 1 for one in figures.searched})
+    stages = sorted({tried.stage or 1 for tried in figures.searched})
     lines = []
     for stage in stages:
-        rounds = [one for one in figures.searched if (one.stage or 1) == stage]
+        rounds = [tried for tried in figures.searched if (tried.stage or 1) == stage]
         name = f", stage {stage}" if len(stages) > 1 else ""
-        best = [(float(one.evaluations), one.best) for one in rounds if one.best is not None]
-        mean = [(float(one.evaluations), one.mean) for one in rounds if one.mean is not None]
+        best = [(float(tried.evaluations), tried.best) for tried in rounds if tried.best is not None]
+        mean = [(float(tried.evaluations), tried.mean) for tried in rounds if tried.mean is not None]
         if len(best) > 1:
             lines += [Series(f"best{name}", best), Series(f"mean{name}", mean)]
     if not lines:
@@ -356,19 +360,19 @@ def search(figures: Figures) -> Lines | None:
 
 def widths(figures: Figures) -> HeatMap | None:
     """The neurons that a search or learnt masks would keep in each layer, over time; with several stages, those of the last."""
-    told: list[Searched] | list[MasksLearnt] = figures.searched or figures.masks_learnt
-    last = max((one.stage or 1 for one in told), default=1)
-    rounds = [one for one in told if (one.stage or 1) == last and one.sizes]
+    reports: list[Searched] | list[MasksLearnt] = figures.searched or figures.masks_learnt
+    last = max((report.stage or 1 for report in reports), default=1)
+    rounds = [report for report in reports if (report.stage or 1) == last and report.sizes]
     rounds = rounds[:: max(1, -(-len(rounds) // _MOST_ROWS))]
     names = [name for name in (rounds[0].sizes or {}) if name.endswith(".neurons")] if rounds else []
     if len(rounds) < 2 or not names:
         return None
-    values: list[list[float | None]] = [[(one.sizes or {}).get(name) for name in names] for one in rounds]
-    known = [value for line in values for value in line if value is not None]
+    values: list[list[float | None]] = [[(report.sizes or {}).get(name) for name in names] for report in rounds]
+    widths_left = [value for line in values for value in line if value is not None]
     by, unit = ("search", "round") if figures.searched else ("masks", "step")
     return HeatMap(
-        "widths", "What it settled on", f"MLP neurons that the {by} would keep in each layer, {unit} by {unit}: from {min(known):,.0f} to {max(known):,.0f}.",
-        [name.split(".")[1] for name in names], [f"{unit} {one.done}" for one in rounds], values, "count", "fewest", "most", by_rank=True,
+        "widths", "What it settled on", f"MLP neurons that the {by} would keep in each layer, {unit} by {unit}: from {min(widths_left):,.0f} to {max(widths_left):,.0f}.",
+        [name.split(".")[1] for name in names], [f"{unit} {report.done}" for report in rounds], values, "count", "fewest", "most", by_rank=True,
     )  # fmt: skip
 
 
@@ -377,8 +381,8 @@ def mixing(figures: Figures) -> Lines | None:
     if len(figures.mixed) < 2:
         return None
     lines = [
-        Series(called, [(float(one.tokens), one.shares[name]) for one in figures.mixed if name in one.shares])
-        for name, called in _texts(name for one in figures.mixed for name in one.shares).items()
+        Series(called, [(float(change.tokens), change.shares[name]) for change in figures.mixed if name in change.shares])
+        for name, called in _texts(name for change in figures.mixed for name in change.shares).items()
     ]
     return Lines(
         "mixing", "What was read", "Share of each text in the rows that come next: texts far above their reference loss gain.",
@@ -388,12 +392,16 @@ def mixing(figures: Figures) -> Lines | None:
 
 def by_text(figures: Figures) -> Lines | None:
     """The loss on each of several held-out texts, over the stages; None if it was measured fewer than twice."""
-    measured = [one for one in figures.evaluations if one.by_text]
+    measured = [evaluation for evaluation in figures.evaluations if evaluation.by_text]
     if len(measured) < 2:
         return None
     lines = [
-        Series(called, [(float(one.stage), one.by_text[name]) for one in measured if name in one.by_text], dots=True)
-        for name, called in _texts(name for one in measured for name in one.by_text).items()
+        Series(
+            called,
+            [(float(evaluation.stage), evaluation.by_text[name]) for evaluation in measured if name in evaluation.by_text],
+            dots=True,
+        )
+        for name, called in _texts(name for evaluation in measured for name in evaluation.by_text).items()
     ]
     return Lines(
         "by-text", "Loss on each held-out text", "After each stage; stage 0 is the model at the start. Lower is better.",
@@ -406,7 +414,7 @@ def _texts(specs: Iterable[str]) -> dict[str, str]:
     names = sorted(set(specs))
     parts = {name: name.rstrip("/").split("/") for name in names}
     for place in range(1, max(map(len, parts.values()), default=0) + 1):
-        short = {name: its[-place] if place <= len(its) else name for name, its in parts.items()}
+        short = {name: words[-place] if place <= len(words) else name for name, words in parts.items()}
         if len(set(short.values())) == len(names):
             return short
     return dict(zip(names, names, strict=True))
@@ -462,9 +470,9 @@ def perplexities(figures: Figures) -> Lines | None:
         ("after the cuts", figures.after_cuts),
     ):
         points = sorted(
-            (float(one.params), one.perplexity, f"stage {one.stage}" if one.stage else figures.begun)
-            for one in measured
-            if one.perplexity is not None and one.params
+            (float(evaluation.params), evaluation.perplexity, f"stage {evaluation.stage}" if evaluation.stage else figures.begun)
+            for evaluation in measured
+            if evaluation.perplexity is not None and evaluation.params
         )
         if points:
             labels = [name for *_, name in points] if not lines else []
@@ -485,17 +493,19 @@ def perplexities(figures: Figures) -> Lines | None:
 def tasks(figures: Figures) -> Scores | None:
     """Accuracies at the start and at the end; None if no task with an accuracy was scored."""
     before, now = (
-        {one["task"]: one for event in figures.tasks if bool(event.stage) is later for one in event.scores if one["accuracy"]}
+        {row["task"]: row for event in figures.tasks if bool(event.stage) is later for row in event.scores if row["accuracy"]}
         for later in (False, True)
     )
     scores = []
-    for name, one in (before | now).items():
+    for name, row in (before | now).items():
         both = [(of[name]["value"], of[name].get("stderr")) if name in of else None for of in (before, now)]
-        scores.append(Score(name, one["metric"], one["items"], both[0], both[1], one.get("chance")))
+        scores.append(Score(name, row["metric"], row["items"], both[0], both[1], row.get("chance")))
     if not scores:
         return None
-    given = shots(one["shots"] for one in (before | now).values())
-    return Scores("tasks", "Tasks", f"Share of right answers, {given}; a mark shows what guessing gives.", scores, figures.begun)
+    examples = shots(row["shots"] for row in (before | now).values())
+    return Scores(
+        "tasks", "Tasks", f"Share of right answers, {examples}; a mark shows what guessing gives.", scores, figures.begun
+    )
 
 
 def _running_mean(steps: Sequence[Trained], *, window: int) -> list[tuple[float, float]]:
@@ -544,9 +554,9 @@ def _name(cut: Cut) -> str:
 def _layers_at(figures: Figures, cuts: Sequence[Cut]) -> list[list[int]]:
     """The layers before each cut, by their numbers at the start; if the log lacks them, as many as it has distances for."""
     every: list[State] = [*([figures.began] if figures.began else []), *figures.states]
-    known = {len(state.layers): sorted(state.layers) for state in every}
+    by_count = {len(state.layers): sorted(state.layers) for state in every}
     counts = [len(cut.distances or ()) for cut in cuts]
     return [
-        cut.layers if cut.layers is not None and len(cut.layers) == count else known.get(count, list(range(count)))
+        cut.layers if cut.layers is not None and len(cut.layers) == count else by_count.get(count, list(range(count)))
         for cut, count in zip(cuts, counts, strict=True)
     ]

@@ -117,10 +117,10 @@ def comparison_page(
         name: name of the folder.
         sparse: header and rows of the table of methods that make zeros, if there are any.
     """
-    asked, rows = result["arguments"], result["rows"]
+    arguments, rows = result["arguments"], result["rows"]
     sizes = [size for size in dict.fromkeys(row["size"] for row in rows) if size is not None]
     return rendered(
-        "comparison.html", name=name, model=Path(asked["model"]).name, counted=_counted(result), params=rows[0]["params"],
+        "comparison.html", name=name, model=Path(arguments["model"]).name, counted=_counted(result), params=rows[0]["params"],
         winners=_winners(result, sizes), matrices=[_matrix(result, text, sizes) for text in _texts(result) if sizes],
         charts=comparison_pictures(result), tables=[(header, lines), *([sparse] if sparse else [])], failures=failures(result),
         tokens_note=tokens_note(result), facts=_facts(result),
@@ -149,9 +149,9 @@ def label(text: str, texts: Sequence[str]) -> str:
     return name if names.count(name) == 1 and len(name) < len(text) else text
 
 
-def num_draws(asked: Mapping[str, Any]) -> int:
+def num_draws(arguments: Mapping[str, Any]) -> int:
     """Calibration draws that a comparison asks for: files of token ids, or seeds if there are no files."""
-    return len(asked["calibration_ids"]) or int(asked["draws"])
+    return len(arguments["calibration_ids"]) or int(arguments["draws"])
 
 
 def texts_in_words(result: Mapping[str, Any]) -> str:
@@ -228,40 +228,48 @@ def _front(rows: Iterable[Mapping[str, Any]], text: str, of: str) -> set[tuple[s
     """(method, size) of the rows that no other row beats in both perplexity and `of`; models of one size count as equal."""
 
     def cost(row: Mapping[str, Any]) -> float:
-        return float(row["size"] or row["params"]) if of == "params" else float(row[of]) * (-1 if of == "speed_up" else 1)
+        if of == "params":
+            return float(row["size"] or row["params"])
+        return -float(row[of]) if of == "speed_up" else float(row[of])
 
-    known = [
+    points = [
         (row["method"], row["size"], cost(row), value)
         for row in rows
         if row[of] and (value := _perplexity(row, text)) is not None
     ]
     return {
-        (method, size) for method, size, x, y in known
-        if not any(a <= x and b <= y and (a < x or b < y) for _, _, a, b in known)
+        (method, size) for method, size, x, y in points
+        if not any(a <= x and b <= y and (a < x or b < y) for _, _, a, b in points)
     }  # fmt: skip
 
 
 def _series(method: str, rows: Sequence[Mapping[str, Any]], text: str, of: str, front: set[tuple[str, Any]]) -> Series:
     points = [(float(row[of]), value, row) for row in rows if row[of] and (value := _perplexity(row, text)) is not None]
-    known = sorted(points, key=lambda one: one[:2])
+    ordered = sorted(points, key=lambda point: point[:2])
     lows, highs = (
-        [value for *_, row in known if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
+        [value for *_, row in ordered if (value := number_of(row["texts"][text][key])) is not None] for key in ("low", "high")
     )
-    spread = lows != highs and len(lows) == len(highs) == len(known)
+    spread = lows != highs and len(lows) == len(highs) == len(ordered)
     dense = method == "dense"
     name = _named(method, rows, text)
+    labels = [name if (method, row["size"]) in front else "" for *_, row in ordered]
+    if dense:
+        labels = [f"dense {shown(y, 'perplexity')}" for _, y, _ in ordered]
     return Series(
-        name, [(x, y) for x, y, _ in known], lows if spread else [], highs if spread else [], dots=True, star=dense,
-        labels=[
-            f"dense {shown(y, 'perplexity')}" if dense else name if (method, row["size"]) in front else "" for _, y, row in known
-        ],
-    )  # fmt: skip
+        name,
+        [(x, y) for x, y, _ in ordered],
+        lows if spread else [],
+        highs if spread else [],
+        dots=True,
+        star=dense,
+        labels=labels,
+    )
 
 
 def _named(method: str, rows: Sequence[Mapping[str, Any]], text: str) -> str:
     """The method, and whether it was calibrated on the kind of text that is measured."""
-    own = any(row["method"] == method and text in (row.get("in_domain") or ()) for row in rows)
-    return f"{method} (in-domain)" if own else method
+    in_domain = any(row["method"] == method and text in (row.get("in_domain") or ()) for row in rows)
+    return f"{method} (in-domain)" if in_domain else method
 
 
 def _matrix(result: Mapping[str, Any], text: str, sizes: Sequence[int]) -> tuple[list[str], list[list[str]], str]:
@@ -295,25 +303,25 @@ def _matrix(result: Mapping[str, Any], text: str, sizes: Sequence[int]) -> tuple
 
 def _winners(result: Mapping[str, Any], sizes: Sequence[int]) -> str:
     text = _texts(result)[0]
-    said = []
+    winning = []
     for size in sizes:
-        known = [
+        measured = [
             (value, _named(row["method"], [row], text))
             for row in result["rows"]
             if row["size"] == size and (value := _perplexity(row, text)) is not None
         ]
-        if len(known) > 1:
-            said.append((min(known)[1], shown(size, "params")))
-    winners = {method for method, _ in said}
-    if len(winners) == 1 and len(said) > 1:
+        if len(measured) > 1:
+            winning.append((min(measured)[1], shown(size, "params")))
+    winners = {method for method, _ in winning}
+    if len(winners) == 1 and len(winning) > 1:
         return f"{winners.pop()} has the lowest perplexity at each of them."
-    return f"Lowest perplexity: {', '.join(f'{method} at {size}' for method, size in said)}." if said else ""
+    return f"Lowest perplexity: {', '.join(f'{method} at {size}' for method, size in winning)}." if winning else ""
 
 
 def _facts(result: Mapping[str, Any]) -> list[tuple[str, object]]:
-    asked = result["arguments"]
+    arguments = result["arguments"]
     return [
-        ("model", asked["model"]), ("dequantised from", result.get("dequantised")), ("text", texts_in_words(result)),
-        ("windows", f"of {asked['window']} tokens, {result['precision']}, {result['device']}"), ("draws", num_draws(asked)),
-        ("calibration", asked["calibration"]), ("changed", ", ".join(asked["overrides"])), ("made by", result["made_by"]),
+        ("model", arguments["model"]), ("dequantised from", result.get("dequantised")), ("text", texts_in_words(result)),
+        ("windows", f"of {arguments['window']} tokens, {result['precision']}, {result['device']}"), ("draws", num_draws(arguments)),
+        ("calibration", arguments["calibration"]), ("changed", ", ".join(arguments["overrides"])), ("made by", result["made_by"]),
     ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -231,11 +231,11 @@ def fit_slope(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     return slope, math.sqrt(rest / (len(points) - 2) / spread)
 
 
-def _steps(told: Sequence[Event]) -> list[Trained]:
+def _steps(events_in_order: Sequence[Event]) -> list[Trained]:
     """The steps with a loss."""
     return [
         Trained(step.stage, step.tokens, step.loss, step.lr, step.peak_bytes, step.time, isinstance(before, Step), step.loss_is)
-        for before, step in zip([None, *told], told, strict=False)
+        for before, step in zip([None, *events_in_order], events_in_order, strict=False)
         if isinstance(step, Step) and step.loss is not None and step.tokens
     ]
 
@@ -243,9 +243,9 @@ def _steps(told: Sequence[Event]) -> list[Trained]:
 _Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
 
 
-def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
+def _by_stage(staged: Sequence[_Staged]) -> list[_Staged]:
     """The last event of each stage, in their order."""
-    last = {event.stage: event for event in told}
+    last = {event.stage: event for event in staged}
     return [last[stage] for stage in sorted(last)]
 
 
@@ -318,106 +318,84 @@ def _headline(
 ) -> list[Row]:
     """Counts of the model given to the run, and measures of it after the removal of tokens."""
     starts = record.of(Start)
-    given = starts[0].given if starts else "dense"
-    return [
-        *(replace(row, begun=given) for row in _counts(record, cuts, starts)),
-        *(replace(row, begun=called) for row in [*_measures(record, cuts, evaluations, after_cuts), *_task_rows(tasks)]),
+    called_first = starts[0].given if starts else "dense"
+    measures = [*_measures(record, cuts, evaluations, after_cuts), *_task_rows(tasks)]
+    rows = [
+        *(replace(row, begun=called_first) for row in _counts(record, cuts, starts)),
+        *(replace(row, begun=called) for row in measures),
     ]
+    return [row for row in rows if row.before is not None or row.now is not None]
 
 
-def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> list[Row]:
+def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> Iterator[Row]:
     figures = record.figures
     before = number_of(figures.get("params_before")) or (number_of(starts[0].params) if starts else None)
     now = number_of(figures.get("params_after")) or (float(cuts[-1].params) if cuts else None)
-    rows = [Row("parameters", before, now, "params")]
+    yield Row("parameters", before, now, "params")
     if figures.get("decoder_params_before"):
-        own, after = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
+        decoder, left = float(figures["decoder_params_before"]), figures.get("decoder_params_after")
         narrows = "residual" in record.recipe.get("axes", ()) or str(record.recipe.get("reduce")).startswith("slice")
         whole = figures.get("params_after_vocabulary", before)  # tokens lie outside the layers
-        rows.append(
-            Row(
-                "in decoder layers",
-                own,
-                own - (whole - now) if after is None and whole and now and not narrows else after,
-                "params",
-            )
-        )
+        if left is None and whole and now and not narrows:
+            left = decoder - (whole - now)
+        yield Row("in decoder layers", decoder, left, "params")
     if figures.get("nonzero_before"):
-        rows.append(Row("not zero", number_of(figures["nonzero_before"]), number_of(figures.get("nonzero_after")), "params"))
+        yield Row("not zero", number_of(figures["nonzero_before"]), number_of(figures.get("nonzero_after")), "params")
+    begun = number_of((record.state.get("start") or {}).get("weight_bytes"))
     if record.weight_bytes and now and before:
-        rows.append(
-            Row(
-                "weights on disk",
-                record.weight_bytes * before / now,
-                record.weight_bytes,
-                "bytes",
-                "before: at the same precision",
-            )
-        )
-    elif record.state.get("start", {}).get("weight_bytes") and before and now:
-        size = float(record.state["start"]["weight_bytes"])
-        rows.append(Row("weights on disk", size, size * now / before, "bytes", "at the same precision"))
-    return [row for row in rows if row.before is not None or row.now is not None]
+        size = record.weight_bytes
+        yield Row("weights on disk", size * before / now, size, "bytes", "before: at the same precision")
+    elif begun and before and now:
+        yield Row("weights on disk", begun, begun * now / before, "bytes", "at the same precision")
 
 
 def _measures(
     record: Record, cuts: Sequence[Cut], evaluations: Sequence[Evaluation], after_cuts: Sequence[Evaluation]
-) -> list[Row]:
-    rows = []
-    if evaluations:
-        first = evaluations[0] if evaluations[0].stage == 0 else None
-        last = evaluations[-1] if evaluations[-1].stage else None
-        when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
-        cut = next((one for one in after_cuts if last and one.stage == last.stage), None)
-        shown: tuple[tuple[str, str, Form, str], ...] = (
-            ("perplexity", "perplexity", "perplexity", f"on {measured_text(record.figures)}{when}"),
-            ("bits per byte", "bits_per_byte", "bits", ""),
-        )
-        for name, key, form, note in shown:
-            before, now, between = (getattr(one, key, None) for one in (first, last, cut))
-            rows.append(Row(name, before, now, form, note, after_cuts=between))
-    return [row for row in rows if row.before is not None or row.now is not None]
+) -> Iterator[Row]:
+    if not evaluations:
+        return
+    first = evaluations[0] if evaluations[0].stage == 0 else None
+    last = evaluations[-1] if evaluations[-1].stage else None
+    when = f" (after stage {last.stage})" if last and cuts and last.stage < cuts[-1].stage else ""
+    cut = next((measured for measured in after_cuts if last and measured.stage == last.stage), None)
+    shown: tuple[tuple[str, str, Form, str], ...] = (
+        ("perplexity", "perplexity", "perplexity", f"on {measured_text(record.figures)}{when}"),
+        ("bits per byte", "bits_per_byte", "bits", ""),
+    )
+    for name, key, form, note in shown:
+        before, now, between = (getattr(measured, key, None) for measured in (first, last, cut))
+        yield Row(name, before, now, form, note, after_cuts=between)
 
 
-def _task_rows(tasks: Sequence[Tasks]) -> list[Row]:
+def _task_rows(tasks: Sequence[Tasks]) -> Iterator[Row]:
     """The average over the tasks, or a single task's own figure, at the start and at the end."""
     if not tasks:
-        return []
+        return
     first = tasks[0] if tasks[0].stage == 0 else None
     last = tasks[-1] if tasks[-1].stage else None
     scores = tasks[-1].scores
     if first is not None and [score["task"] for score in first.scores] != [score["task"] for score in scores]:
         first = None  # the recipe has changed since
-    given = shots(score["shots"] for score in scores)
+    examples = shots(score["shots"] for score in scores)
     if len(scores) == 1:
-        before, now = (one.scores[0]["value"] if one else None for one in (first, last))
-        return [
-            Row(scores[0]["task"], before, now, "right" if scores[0]["accuracy"] else "plain", f"{scores[0]['metric']}, {given}")
-        ]
-    counted = sum(bool(score["accuracy"]) for score in scores)
-    row = Row(
-        f"average of {counted} tasks",
-        first.average if first else None,
-        last.average if last else None,
-        "right",
-        f"accuracy, {given}",
-    )
-    return [row] if row.before is not None or row.now is not None else []
+        score = scores[0]
+        form: Form = "right" if score["accuracy"] else "plain"
+        before, now = (scored.scores[0]["value"] if scored else None for scored in (first, last))
+        yield Row(score["task"], before, now, form, f"{score['metric']}, {examples}")
+    else:
+        counted = sum(bool(score["accuracy"]) for score in scores)
+        before, now = (scored.average if scored else None for scored in (first, last))
+        yield Row(f"average of {counted} tasks", before, now, "right", f"accuracy, {examples}")
 
 
 def _seconds(record: Record, notes: list[str]) -> dict[str, float]:
-    figures = record.figures
-    by_phase = {
-        phase: float(figures[f"seconds_{phase}"]) for phase in BILL if number_of(figures.get(f"seconds_{phase}")) is not None
-    }
-    if not by_phase and record.checkpoint is not None:
-        spent = record.state.get("spent")
-        by_phase = {phase: float(seconds) for phase, seconds in spent.items() if phase in BILL} if isinstance(spent, dict) else {}
-        if by_phase:
-            notes.append(
-                f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log"
-            )
-    return {phase: seconds for phase, seconds in by_phase.items() if seconds > 0}
+    """The seconds of each phase that took any."""
+    figures, spent = record.figures, record.state.get("spent")
+    by_phase = {phase: number_of(figures.get(f"seconds_{phase}")) for phase in BILL}
+    if not any(by_phase.values()) and record.checkpoint is not None and isinstance(spent, dict) and BILL.keys() & spent.keys():
+        by_phase = {phase: number_of(spent.get(phase)) for phase in BILL}
+        notes.append(f"the bill has the seconds of {record.checkpoint.name}, the newest checkpoint, and the tokens of the log")
+    return {phase: seconds for phase, seconds in by_phase.items() if seconds is not None and seconds > 0}
 
 
 def _tokens(record: Record, evaluations: Sequence[Evaluation]) -> dict[str, int]:
@@ -427,9 +405,9 @@ def _tokens(record: Record, evaluations: Sequence[Evaluation]) -> dict[str, int]
     return {name: count for name, count in (("score", read), ("train", trained), ("evaluate", measured)) if count}
 
 
-def _wall(told: Sequence[Event]) -> float | None:
+def _wall(events_in_order: Sequence[Event]) -> float | None:
     """Seconds from the first event to the last, without pauses of more than ten minutes before a stopped run continued."""
-    timed = [event for event in told if event.time]
+    timed = [event for event in events_in_order if event.time]
     times = [event.time or 0.0 for event in timed]
     pauses = sum(
         later - earlier

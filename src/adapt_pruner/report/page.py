@@ -115,7 +115,7 @@ def _lead(figures: Figures) -> str:
     """The run in a few sentences."""
     params = figures.rows[0] if figures.rows else None
     before, now = (params.before, params.now) if params else (None, None)
-    said = []
+    sentences = []
     if before and now:
         cuts = len(figures.cuts)
         stages = len({cut.stage for cut in figures.cuts})
@@ -124,19 +124,19 @@ def _lead(figures: Figures) -> str:
         done = f"removed {1 - now / before:.1%} of the parameters"
         if zeros is not None and now >= before:
             done, many = _of_zeros(zeros, cuts), ""
-        said.append(f"{figures.method} {done}{f' in {many}' if cuts and many else ''}")
+        sentences.append(f"{figures.method} {done}{f' in {many}' if cuts and many else ''}")
         if figures.tokens.get("train"):
-            said[-1] += f", with training on {compact(figures.tokens['train'])} tokens"
+            sentences[-1] += f", with training on {compact(figures.tokens['train'])} tokens"
     row = next((row for row in figures.rows if row.name == "perplexity"), None)
     if row and row.before and row.now:
-        said.append(
+        sentences.append(
             f"Perplexity {row.note} went from {shown(row.before, 'perplexity')} to "
             + ("" if row.after_cuts is None else f"{shown(row.after_cuts, 'perplexity')} by the cuts and to ")
             + f"{shown(row.now, 'perplexity')}{' by training' if row.after_cuts is not None else ''} ({shown(row.now / row.before, 'ratio')})"
         )
     if figures.status != "finished" and figures.target and now and now > figures.target:
-        said.append(f"It is on its way to {shown(figures.target, 'params')}")
-    return (". ".join(said) + ".") if said else "Nothing has been cut yet."
+        sentences.append(f"It is on its way to {shown(figures.target, 'params')}")
+    return (". ".join(sentences) + ".") if sentences else "Nothing has been cut yet."
 
 
 def _of_zeros(row: Row, cuts: int) -> str:
@@ -197,9 +197,9 @@ def _facts(record: Record) -> list[tuple[str, object]]:
 def _commands(record: Record, figures: Figures) -> list[str]:
     """Commands that repeat the run, and for its result."""
     folder, dense = placeless(record.path), placeless(figures.model)
-    result = folder if not record.kept else f"{folder}/model" if figures.status == "finished" else None
+    result = f"{folder}/model" if record.kept else folder
     commands = [typed("run", f"{folder}/recipe.yaml", "-o", "again")] if record.kept else []
-    if result:
+    if figures.status == "finished":
         commands += [
             typed("eval", dense, result, "--text", "SPEC"),
             typed("inspect", result),

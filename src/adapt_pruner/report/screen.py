@@ -7,8 +7,9 @@ terminal, and lines break between figures, never within one.
 import io
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console, Group, RenderableType
@@ -22,30 +23,24 @@ from adapt_pruner.core.events.comparison import InCell
 from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.events.run import Within
 from adapt_pruner.core.events.words import compact, millions, span
+from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.core.system.terminal import console as console_on
 from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
-from adapt_pruner.report.bars import Bars
-from adapt_pruner.report.notebook import WIDTH, displayed
+from adapt_pruner.report.figures import after, sizes_of
 
-__all__ = ["Screen", "quiet_libraries", "screen"]
+__all__ = ["Bars", "Screen", "screen"]
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
 _TOLD_EVERY = 0.25  # the same, for lines of JSON
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _BAR = 12  # fewest columns of a bar; with less room there is no bar
 _WIDEST = 40  # most columns of a bar
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
+_NOTEBOOK = 100  # columns of the output of a notebook's cell
+_NOTEBOOK_EVERY = 0.5  # seconds between two updates of it
+_NOTEBOOK_FORM = '<pre style="white-space:pre-wrap;line-height:1.3;margin:0">{code}</pre>'
 _WIDE = 110  # columns of a terminal from which phase and bar share a line
-
-
-def quiet_libraries() -> None:
-    """Keep bars and notices of transformers off the screen; errors still appear."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @contextmanager
@@ -57,8 +52,10 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
         return
     if console.is_jupyter and not quiet:
         lines = io.StringIO()
-        shown = Screen(Console(file=lines, width=WIDTH, force_jupyter=False, force_terminal=False, color_system=None), moves=True)
-        with displayed(lines, shown.render):
+        shown = Screen(
+            Console(file=lines, width=_NOTEBOOK, force_jupyter=False, force_terminal=False, color_system=None), moves=True
+        )
+        with _displayed(lines, shown.render):
             yield shown
         return
     if quiet or not console.is_terminal:
@@ -71,6 +68,87 @@ def screen(*, quiet: bool = False) -> Iterator["Screen"]:
         filtered(),
     ):
         yield shown
+
+
+@contextmanager
+def _displayed(lines: io.StringIO, moving: Callable[[], RenderableType]) -> Iterator[None]:
+    """Within this context a notebook's cell shows the `lines` so far, and the result of `moving` below them, without widgets."""
+    from IPython.display import display  # every notebook has it
+
+    def drawn(*, last: bool) -> dict[str, str]:
+        page = Console(
+            file=io.StringIO(),
+            record=True,
+            width=_NOTEBOOK,
+            force_jupyter=False,
+            force_terminal=True,
+            color_system="standard",
+            legacy_windows=False,
+        )
+        page.print(lines.getvalue(), end="", markup=False, highlight=False, soft_wrap=True)
+        if not last:
+            page.print(moving())
+        html = page.export_html(inline_styles=True, code_format=_NOTEBOOK_FORM, clear=False)
+        return {"text/plain": page.export_text(), "text/html": html}
+
+    shown = drawn(last=False)
+    handle = display(shown, raw=True, display_id=True)
+    over = threading.Event()
+
+    def follow() -> None:
+        before = shown
+        while not over.wait(_NOTEBOOK_EVERY):
+            now = drawn(last=False)
+            if now != before:
+                handle.update(now, raw=True)
+            before = now
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        handle.update(drawn(last=True), raw=True)
+
+
+class Bars:
+    """The anatomy of a model in one line, through the events of its run: a bar for each layer, as high as the share of it that is left."""
+
+    def __init__(self) -> None:
+        self._began: dict[int, dict[str, int]] = {}
+        self._now: dict[int, dict[str, int]] = {}
+        self._left: Sequence[int] | None = None
+
+    def hear(self, event: Event) -> None:
+        """Take in a start or a cut. A log without the original sizes gives no bars."""
+        if isinstance(event, Start) and event.began:
+            self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
+            sizes = sizes_of(event.sizes, self._left)[0]
+            self._now = {layer: sizes[layer] for layer in self._began if layer in sizes}
+        elif isinstance(event, Cut) and self._began:
+            self._now, self._left = after(event, self._now, self._left)
+
+    def lines(self, width: int) -> list[str]:
+        """Bars of neurons, and of heads if one is gone; side by side if `width` characters are enough."""
+        lines = []
+        for kind in ("neurons", *HEADS):
+            before = [sizes.get(kind, 0) for sizes in self._began.values()]
+            now = [self._now.get(layer, {}).get(kind, 0) for layer in self._began]
+            if any(before) and (kind == "neurons" or now != before):
+                name = kind.replace("kv_", "KV ").replace("_", " ")
+                lines.append(f"{name} {''.join(map(_height, now, before))} {sum(now) / sum(before):.0%}")
+        if len(together := "  ".join(lines)) <= width:
+            return [together]
+        return [line if len(line) <= width else line[: width - 1] + "…" for line in lines]
+
+
+def _height(now: int, before: int) -> str:
+    """A character of eight heights. It is empty only if nothing is left, and full only if nothing is gone."""
+    if not now or not before:
+        return _HEIGHTS[0]
+    return _HEIGHTS[8] if now >= before else _HEIGHTS[max(1, min(7, round(8 * now / before)))]
 
 
 class Screen:

@@ -47,6 +47,7 @@ def newest_first(folder: Path) -> list[Path]:
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := _NAME.fullmatch(path.name):
             stage, cut, after, pruned, step = match.groups()
-            phase = 0 if cut else 1 if pruned else 2 if step else 3
+            phases = (cut, pruned, step, True)  # in the order of a stage; the last is its end
+            phase = next(number for number, is_in in enumerate(phases) if is_in)
             checkpoints.append((int(stage), phase, int(cut or step or 0), int(after or 0), path))
     return [path for *_, path in sorted(checkpoints, reverse=True)]

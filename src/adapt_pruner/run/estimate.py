@@ -5,7 +5,7 @@ the residual stream, m tokens of a pass; A, K and I are query features, key feat
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
@@ -13,25 +13,13 @@ from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.layers import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
-from adapt_pruner.recipe import Recipe
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
 __all__ = [
-    "PAPER",
-    "Setup",
-    "Shapes",
-    "Speed",
-    "bytes_moved",
-    "multiply_adds",
-    "operations",
-    "process_bytes",
-    "pruning_memory",
-    "seconds",
-    "setup_of",
-    "shapes",
+    "PAPER", "Setup", "Shapes", "Speed", "bytes_moved", "multiply_adds", "operations", "process_bytes", "pruning_memory", "seconds", "shapes",
     "training_memory",
-]
+]  # fmt: skip
 
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # bytes that an allocator holds per byte asked for; the second figure is assumed
 _HOLES = 0.5  # on a CPU: share of freed activations that glibc keeps, as holes between gradients and moments
@@ -140,16 +128,6 @@ class Setup:
         return self.lora * of.in_and_out if self.lora else of.params
 
 
-def setup_of(recipe: Recipe, *, device: str, narrow: bool, teacher: Shapes | None, processes: int) -> Setup:
-    """How a recipe trains, for the formulas."""
-    asked = recipe.training
-    return Setup(
-        device=device, narrow=narrow, length=asked.length, micro_tokens=asked.micro_batch_tokens, batch_tokens=asked.step_tokens,
-        checkpointing=asked.gradient_checkpointing, lora=0 if asked.lora is None else asked.lora.rank, teacher=teacher,
-        processes=processes, parallel=recipe.parallel,
-    )  # fmt: skip
-
-
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     """Bytes of one process at the peak of an optimiser step, by what holds them.
 
@@ -221,11 +199,11 @@ def pruning_memory(
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
     rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
-    own = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    held = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
     if how.teacher is not None:
-        own["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+        held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     if evidence is Evidence.WEIGHTS and not reads:
-        return own
+        return held
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
     layer = (4 * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
@@ -250,14 +228,14 @@ def pruning_memory(
         "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
     }  # fmt: skip
     if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
-        return {**own, **reading}
-    return {**own, **scoring}
+        return {**held, **reading}
+    return {**held, **scoring}
 
 
 def process_bytes(parts: Mapping[str, int], device: str) -> int:
     """Bytes that a process occupies in all: `parts`, what allocators keep on top, and on a CPU Python itself."""
-    asked = _SLACK[device] * sum(parts.values())
-    return round(asked + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else asked)
+    held = _SLACK[device] * sum(parts.values())
+    return round(held + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else held)
 
 
 def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
@@ -291,8 +269,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:
         logits += 20 * of.vocabulary * at_once
-    own = ((4 + element) * learns + element * how.narrow) * of.head
-    return logits + 4 * how.tokens * of.width + (0 if gathered else own)
+    of_head = ((4 + element) * learns + element * how.narrow) * of.head
+    return logits + 4 * how.tokens * of.width + (0 if gathered else of_head)
 
 
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
@@ -342,11 +320,13 @@ class Speed:
     """The speed of a process.
 
     Attributes:
-        flops: FLOPs per second.
+        flops: FLOPs per second of reading, and of all phases that `others` does not name.
         words: where the figure comes from, for people.
         near: bytes per second to another process on the same machine, of up to 8 processes.
         far: bytes per second to a process on another machine.
         memory: bytes of the device; None if that is not known.
+        others: phase -> FLOPs per second.
+        load: seconds to load the model.
     """
 
     flops: float
@@ -354,6 +334,12 @@ class Speed:
     near: float = 300e9
     far: float = 40e9
     memory: int | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    load: float = 0.0
+
+    def of(self, phase: str) -> "Speed":
+        """The speed in a phase."""
+        return replace(self, flops=self.others.get(phase, self.flops))
 
 
 PAPER = {

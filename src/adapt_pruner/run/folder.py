@@ -37,7 +37,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "open_run_folder"]
+__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "open_run_folder", "writing"]
 
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
@@ -47,6 +47,19 @@ _EVERY = 1.0  # seconds between two writes of progress.json
 _NUMBERS = ("params_before", "params_after", "decoder_params_before", "decoder_params_after", "trained_tokens", "seconds")
 _OF_ZEROS = ("nonzero_before", "nonzero_after")
 _LISTS = ("perplexities", "perplexities_after_cuts", "calibration_losses")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context that writes a file of a run.
+
+    Raises:
+        RunError: it could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {why(error)}; correct that and give the same command again") from error
 
 
 class RunFolder:
@@ -97,12 +110,9 @@ class RunFolder:
     def begin(self, recipe: Recipe, provenance: str) -> None:
         """Write recipe.yaml; from now on events go to the log."""
         self.check_here()
-        try:
-            write_whole(self.path / "recipe.yaml", f"# {provenance}\n{recipe.to_yaml()}")
-        except OSError as error:
-            raise RunError(
-                f"{self.path / 'recipe.yaml'} could not be written: {why(error)}; correct that and give the same command again"
-            ) from error
+        path = self.path / "recipe.yaml"
+        with writing(path):
+            write_whole(path, f"# {provenance}\n{recipe.to_yaml()}")
         self._begun = True
 
     def as_begun(self, recipe: Recipe) -> Recipe:
@@ -158,13 +168,9 @@ class RunFolder:
             self._early.append(line)
             return
         self.check_here()
-        try:
+        with writing(self.path / "log.jsonl"):
             self._append("".join([*self._early, line]))
-            self._early = []
-        except OSError as error:
-            raise RunError(
-                f"{self.path / 'log.jsonl'} could not be written: {why(error)}; correct that and give the same command again"
-            ) from error
+        self._early = []
 
     def write_progress(self, event: Event) -> None:
         """Write where the run stands after an event, for people who watch it; if that cannot be written, the run goes on."""
@@ -236,14 +242,14 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             tidy(folder, ours=_OURS)
 
+    def _append(self, lines: str) -> None:
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(lines)
+
     def tidy_at_end(self, recipe: Recipe) -> None:
         """Remove, in place, the checkpoints of a run that has ended, if the recipe keeps none."""
         if recipe.keep_checkpoints == 0:
             self.tidy(keep=0)
-
-    def _append(self, line: str) -> None:
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(line)
 
 
 @contextmanager

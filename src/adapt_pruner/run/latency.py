@@ -60,13 +60,13 @@ def budget_for(work: Work) -> dict[str, Any]:
     recipe = work.recipe
     if not recipe.latency:
         return {}
-    asked, axes = parse_latency(recipe.latency), prunable(work)
+    share, axes = parse_latency(recipe.latency), prunable(work)
     began = time.perf_counter()
     table = table_of(work)
     round_of_two = (time.perf_counter() - began) / max(1, sum(len(points) - 1 for points in table.values())) / (ROUNDS + 1)
     least = sizes_alike(work, keep=0)
     nearest = predicted(table, axes, least)
-    if nearest > asked:
+    if nearest > share:
         raise UsageError(
             f"latency {recipe.latency} is out of reach: {recipe.latency_of} takes {nearest:.2f}x of the dense model's time once "
             f"{recipe.chooser} has removed all that it may; ask for {np.ceil(nearest * 100 + 1e-9) / 100:.2f}x or more"
@@ -74,10 +74,10 @@ def budget_for(work: Work) -> dict[str, Any]:
     low, high = params_of(work, axes, least), work.num_params
     while high - low > max(1, high // 10_000):
         middle = (low + high) // 2
-        within = predicted(table, axes, sizes_alike(work, keep=middle)) <= asked
+        within = predicted(table, axes, sizes_alike(work, keep=middle)) <= share
         low, high = (middle, high) if within else (low, middle)
     foretold = predicted(table, axes, sizes_alike(work, keep=low))
-    found = {"asked": asked, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}
+    found = {"asked": share, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}
     return {"latency": found, "measuring_seconds": round_of_two * (2 * ROUNDS + 1)}
 
 

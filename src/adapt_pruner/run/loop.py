@@ -18,12 +18,12 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import called
-from adapt_pruner.run.disk_space import check_result
-from adapt_pruner.run.folder import RunFolder, open_run_folder
+from adapt_pruner.run.folder import open_run_folder
+from adapt_pruner.run.plan import check_result
+from adapt_pruner.run.probe import fit_threads, kept_threads
 from adapt_pruner.run.results import Outcome
 from adapt_pruner.run.resume import interrupted, resumed
 from adapt_pruner.run.start import begin, prepare, tell_start
-from adapt_pruner.run.threads import fit_threads, kept_threads
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.work import Stage, Work
 
@@ -84,7 +84,13 @@ def run(
             listen(Finished(path=str(folder.result)))
             return None
         try:
-            tell = _logged(listen, folder)
+
+            def tell(event: Event) -> None:
+                if world.is_main():
+                    folder.log(event)
+                    folder.write_progress(event)
+                    listen(event)
+
             work, trainer = resumed(recipe.ready(), folder, tell, trust_remote_code, changed=changed, force=force_recipe)
             work.started = started
             if recipe.minutes is not None:
@@ -169,15 +175,3 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
             f"reduce {work.recipe.reduce!r} finds nothing more to remove at {work.num_params:,} parameters, above the target "
             f"{stage.params:,}; raise the budget, or add to axes"
         )
-
-
-def _logged(listen: Listener, folder: RunFolder) -> Listener:
-    """A listener that also writes the log and where the run stands; on processes other than the main one it does nothing."""
-
-    def tell(event: Event) -> None:
-        if world.is_main():
-            folder.log(event)
-            folder.write_progress(event)
-            listen(event)
-
-    return tell

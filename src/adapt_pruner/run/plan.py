@@ -1,26 +1,167 @@
-"""What a run takes at its peaks, and whether this machine has that much memory."""
+"""The plan of a run: its phases with their operations, its seconds, and what it takes of memory and disk; whether that is here.
+
+It is made once. A run tells it, so that its end can be predicted; a dry run prints it; `shrink` chooses by it.
+"""
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from adapt_pruner.checkpoint.save import SHARD_BYTES
+from adapt_pruner.core.events import phase_of
+from adapt_pruner.core.events.run import Item, Planned
 from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.system import world
+from adapt_pruner.core.system.files import check_disk_space, files_in
 from adapt_pruner.core.system.memory import usable_bytes
+from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.run.checkpoints import kept
+from adapt_pruner.run.estimate import Setup, Shapes, Speed, operations, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
-from adapt_pruner.work import Work
+from adapt_pruner.work import Stage, Work
 
-__all__ = ["beyond", "check_memory", "free_bytes", "memory", "most_bytes", "too_large", "ways_to_prune"]
+__all__ = [
+    "check_memory", "check_result", "check_run", "free_bytes", "memory", "most_bytes", "phases", "seconds", "setup_of", "too_large",
+    "ways_to_prune", "writes_text",
+]  # fmt: skip
 
 _GIB = 2**30
+_FLOAT = 4  # bytes of a number in a checkpoint
+
+
+def setup_of(
+    work: Work, *, device: torch.device | None = None, teacher: Shapes | None = None, processes: int | None = None
+) -> Setup:
+    """How a run trains, seen from one of its processes.
+
+    Args:
+        work: the run.
+        device: where; None for where the model lies.
+        teacher: its shapes, if the run distils; None for those of the model.
+        processes: their number; None for the present one.
+    """
+    recipe, training, device = work.recipe, work.recipe.training, device or work.model.device
+    taught = training.source is not None and training.needs_teacher
+    return Setup(
+        device="cpu" if device.type == "cpu" else "cuda", narrow=uses_bfloat16(device, recipe.dtype), length=training.length,
+        micro_tokens=training.micro_batch_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
+        lora=0 if training.lora is None else training.lora.rank, teacher=(teacher or shapes(work.model)) if taught else None,
+        processes=processes or world.size(), parallel=recipe.parallel,
+    )  # fmt: skip
+
+
+def writes_text(recipe: Recipe) -> bool:
+    """Whether the model writes its calibration text itself."""
+    return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
+
+
+def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = None) -> Planned:
+    """The phases that a run has before it, with their operations; of a resumed run, those that are left.
+
+    Args:
+        work: the run, with its stages.
+        how: how the run trains, and where.
+        begun: whether the run began earlier, so that the model has written its texts.
+        reads: tokens of held-out text. None, before that text is read, counts `evaluation.max_windows` windows, or 64 if that
+            is null.
+    """
+    recipe, state, now = work.recipe, work.state, shapes(work.model)
+    calibration, evaluation = recipe.calibration, recipe.evaluation
+    items: list[Item] = []
+    if reads is None:
+        reads = 0 if evaluation.source is None else evaluation.window * (evaluation.max_windows or 64)
+
+    def add(phase: str, stage: int, flops: float | None = 0.0, *, times: int = 1, repeats: bool = False) -> None:
+        items.append(Item(phase=phase, stage=stage, times=times, flops=flops, repeats=repeats))
+
+    def measure(stage: int, of: Shapes, *, tasks: bool) -> None:
+        if reads:
+            add("evaluate", stage, reads * operations(of, replace(how, length=evaluation.window), kind="read"))
+        if tasks and evaluation.tasks is not None:
+            add("task", stage, None)
+
+    own = [calibration.samples] if work.reads_text and writes_text(recipe) else []
+    for samples in (*own, calibration.self_generated if recipe.repair is not None else 0):
+        if samples and not begun:  # on a GPU the time of a token depends on its kernels, not on its operations
+            a_token = operations(now, replace(how, length=calibration.length), kind="read")
+            add("write", 0, None if how.device == "cuda" else samples * calibration.length * a_token)
+    if "params_before" not in state.figures:
+        measure(0, now, tasks=True)
+    tokens, whole = [], 0
+    for stage in work.stages:
+        done, whole = stage.stage < state.stage, whole + stage.tokens
+        left = 0 if done else max(0, min(stage.tokens, whole - state.progress.tokens))
+        tokens.append(left)
+        if done:
+            continue
+        if stage.stage > 1:
+            add("save", stage.stage)
+        of = now.cut_to(min(now.params, stage.params))
+        if not (state.pruned and stage.stage == state.stage):
+            for phase, once, times in _iteration(work, stage, now, how):
+                add(phase, stage.stage, once, times=times, repeats=True)
+            if stage.tokens:
+                measure(stage.stage, of, tasks=False)
+        if stage.tokens:
+            add("save", stage.stage)
+            add("train", stage.stage, left * operations(_in_training(work, stage, now), how, kind="train"))
+        measure(stage.stage, of, tasks=stage.stage == recipe.stages)
+    add("finish", 0)
+    return Planned(targets=[stage.params for stage in work.stages], tokens=tokens, items=items)
+
+
+def _halfway(work: Work, stage: Stage, now: Shapes, *, start: int) -> tuple[int, int]:
+    """Parameters as planned where a stage begins, and halfway between those that the model has then and its end."""
+    planned = min((other.params for other in work.stages if other.stage < stage.stage), default=start)
+    begins = min(now.params, planned)
+    return planned, (begins + min(begins, stage.params)) // 2
+
+
+def _in_training(work: Work, stage: Stage, now: Shapes) -> Shapes:
+    """The shapes of the model while a stage trains; halfway between its start and end if it cuts while it trains."""
+    if "training" not in parts.needs("reduce", work.recipe.reduce):
+        return now.cut_to(min(now.params, stage.params))
+    return now.cut_to(_halfway(work, stage, now, start=now.params)[1])
+
+
+def _iteration(work: Work, stage: Stage, now: Shapes, how: Setup) -> list[tuple[str, float | None, int]]:
+    """Each phase of an iteration: its name, its operations, and how often it runs in the stage."""
+    start = work.state.figures.get("params_after_vocabulary", work.dense_params)
+    planned, halfway = _halfway(work, stage, now, start=start)
+    of, how, times = now.cut_to(halfway), replace(how, length=work.recipe.calibration.length, teacher=None), stage.iterations
+    if now.params < planned:  # some of its cuts are done
+        times = work.reduction.num_steps(work, start=start, reached=now.params, target=stage.params)
+    read, both = operations(of, how, kind="read"), operations(of, how, kind="score")
+    found: list[tuple[str, float | None, int]] = []
+    for phase, passes in work.reduction.phases(work, stage.params).items():
+        flops = None if passes.flops is None else passes.forward * read + passes.both * both + passes.flops
+        found.append((phase, flops, times if passes.times is None else passes.times))
+    return [*found, ("cut", 0.0, times)]
+
+
+def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tuple[int, str], float]:
+    """Stage and phase -> its seconds, as far as its operations are known. Stage 0 is what comes before the first."""
+    dense, found = shapes(work.model), dict[tuple[int, str], float]()
+    for item in planned.items:
+        phase, number, of, tokens, taught = item["phase"], item["stage"], dense, 0, 0.0
+        flops = item["times"] * (item["flops"] or 0.0) / (phase_of(phase).ease if how.device == "cpu" else 1.0)
+        if phase == "train":
+            of, tokens = _in_training(work, work.stages[number - 1], dense), work.stages[number - 1].tokens
+            taught = 0.0 if how.teacher is None else tokens * operations(how.teacher, how, kind="read")  # a teacher only reads
+        took = seconds_of(of, how, speed.of(phase), flops=flops - taught, trained=tokens)
+        found[number, phase] = found.get((number, phase), 0.0) + took + seconds_of(dense, how, speed, flops=taught)
+    return found
 
 
 def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
@@ -31,17 +172,16 @@ def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
         how: how it trains, and where.
     """
     recipe, dense, use = work.recipe, shapes(work.model), work.reduction.text_use(work)
-    trains, asked = bool(recipe.training.tokens), recipe.calibration
     scoring = partial(
-        pruning_memory, dense, how, samples=asked.samples, length=asked.length,
-        moments=trains and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None,
+        pruning_memory, dense, how, samples=recipe.calibration.samples, length=recipe.calibration.length,
+        moments=bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None,
         reads=use.forward or recipe.evaluation.source is not None,
     )  # fmt: skip
     passes = [scoring(evidence=use.evidence)]
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
     found = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
-    if trains:
+    if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)
         found["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
     return found
@@ -71,29 +211,16 @@ def check_memory(work: Work, how: Setup, *, free: int | None) -> None:
 
 def too_large(work: Work, how: Setup, *, free: int | None) -> str:
     """A sentence if a run takes more memory than is free, with a way that fits; else an empty one."""
-    recipe, trains = work.recipe, bool(work.recipe.training.tokens)
-    return beyond(
-        recipe.model, "train" if trains else "prune", needed=most_bytes(work, how), free=free,
-        ways=itertools.chain(_ways_to_train(work, how) if trains else (), ways_to_prune(work.model, recipe, how)),
-    )  # fmt: skip
-
-
-def beyond(name: str, verb: str, *, needed: int, free: int | None, ways: Iterable[tuple[str, int]]) -> str:
-    """A sentence if something needs more memory than is free, with the remedy; else an empty one.
-
-    Args:
-        name: the model.
-        verb: what is done with it.
-        needed: bytes.
-        free: bytes; None if that is not known.
-        ways: what may be done instead, for people, with the bytes that it needs; the first that fits is named.
-    """
+    needed, trains = most_bytes(work, how), bool(work.recipe.training.tokens)
     if free is None or needed <= free:
         return ""
+    ways: Iterable[tuple[str, int]] = ways_to_prune(work.model, work.recipe, how)
+    ways = itertools.chain(_ways_to_train(work, how), ways) if trains else ways
     instead = next((f"this fits here, in {size / _GIB:.1f} GiB: {words}" for words, size in ways if size <= free), "")
-    return f"{name} needs {needed / _GIB:.1f} GiB of memory to {verb}, but only {free / _GIB:.1f} GiB are free; " + (
-        instead or f"nothing that makes it smaller fits here: take a machine with {math.ceil(needed / _GIB)} GiB"
-    )
+    return (
+        f"{work.recipe.model} needs {needed / _GIB:.1f} GiB of memory to {'train' if trains else 'prune'}, but only {free / _GIB:.1f} GiB are free; "
+        + (instead or f"nothing that makes it smaller fits here: take a machine with {math.ceil(needed / _GIB)} GiB")
+    )  # fmt: skip
 
 
 def _ways_to_train(work: Work, how: Setup) -> Iterator[tuple[str, int]]:
@@ -106,11 +233,51 @@ def _ways_to_train(work: Work, how: Setup) -> Iterator[tuple[str, int]]:
 def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str, int]]:
     """Commands that prune a model to a recipe's size without training, the best first, with the bytes that each needs."""
     common = {"model": recipe.model, "device": recipe.device, "dtype": recipe.dtype}
-    size = {"budget": recipe.budget, "sparsity": recipe.sparsity, "latency": recipe.latency}
     options = {"budget": "--params", "sparsity": "--sparsity", "latency": "--latency"}
-    given = {key: value for key, value in size.items() if value}
+    given = {key: value for key in options if (value := getattr(recipe, key))}
     typed_size = [word for key, value in given.items() for word in (options[key], value)]
     for method in ("magnitude-sparse",) if recipe.sparsity else (None, "magnitude-all"):
         pruning = to_prune({**common, **given, "method": method})
         words = typed("prune", recipe.model, "-o", "DIR", *typed_size, *(["--method", method] if method else []))
         yield f"`{words}`", most_bytes(Work.of(model, pruning), replace(how, teacher=None))
+
+
+def check_result(work: Work, path: Path) -> None:
+    """Refuse a place without room for the resulting model.
+
+    Raises:
+        UsageError: there is too little room.
+    """
+    num_bytes = _result_bytes(work)
+    check_disk_space(path, num_bytes, largest=min(num_bytes, SHARD_BYTES))
+
+
+def check_run(work: Work, path: Path, checkpoints: Path) -> None:
+    """Refuse a run's folder without room for the result and for all checkpoints that exist at the same time.
+
+    Each stage writes a checkpoint after its cuts if it trains, and one at its end unless it is the last. As many stay as the
+    recipe keeps, and one more while the next is written. Checkpoints that lie in the folder already make room for new ones.
+
+    Raises:
+        UsageError: there is too little room.
+    """
+    recipe, state, keep = work.recipe, work.state, kept(work.recipe)
+    trains = work.data.feed is not None
+    with_moments = trains and recipe.training.lora is None
+    sizes, largest = [], _result_bytes(work)
+    for stage in work.stages[state.stage - 1 :]:
+        weights = _FLOAT * min(stage.params, work.num_params)
+        if trains and not (state.pruned and stage.stage == state.stage):
+            carried = with_moments and stage.stage > 1 and recipe.moments == "carry"
+            sizes.append(weights * (3 if carried else 1))
+        if stage.stage < recipe.stages:
+            sizes.append(weights * (3 if with_moments else 1))
+            largest = max(largest, 2 * weights if with_moments else weights)
+    windows = [sizes[max(0, end - keep - 1) : end] for end in range(1, len(sizes) + 1)]
+    most = max(sum(together) for together in ([*sizes[-keep:], _result_bytes(work)], *windows))
+    there = sum(file.stat().st_size for file in files_in(checkpoints).values())
+    check_disk_space(path, most, largest=min(largest, SHARD_BYTES) if not with_moments else largest, there=there)
+
+
+def _result_bytes(work: Work) -> int:
+    return min(work.budget.keep, work.num_params) * work.loaded.dtype.itemsize

@@ -1,123 +1,113 @@
-"""Measure how fast this machine reads, scores and trains a model, and whether it fits; less than a minute for small models."""
+"""Measure how fast this machine reads, scores and trains a model, with as many threads as it leaves this process cores.
+
+The threads of a pass wait for each other many times. If other work, or a limit on this process, leaves them fewer cores than there
+are threads, each time lasts until the system has run them all in turn. Then fewer threads are faster.
+"""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from adapt_pruner.checkpoint.load import load_shapes, locate, pick_device
 from adapt_pruner.core.events import Listener
 from adapt_pruner.core.events.run import Probe
-from adapt_pruner.core.model.budget import Budget
-from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.events.words import counted
+from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import keeping_freed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
-from adapt_pruner.run.estimate import Setup, Shapes, process_bytes, pruning_memory, shapes, training_memory
-from adapt_pruner.run.plan import beyond, free_bytes, ways_to_prune
-from adapt_pruner.run.rules import BATCH_TOKENS, CALIBRATION_ROW, TRAINING_ROW, Machine, Model
-from adapt_pruner.run.start import begin, sizes_begun
-from adapt_pruner.run.threads import ENOUGH, fit_threads, in_words, random_rows, score_rows, seconds_of
+from adapt_pruner.run.estimate import Speed, operations, shapes
+from adapt_pruner.run.plan import check_memory, free_bytes, most_bytes, setup_of
+from adapt_pruner.run.start import begin, plan, room
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.work import Work
 
-__all__ = ["probed"]
+__all__ = ["fit_threads", "kept_threads", "probed", "scoring_speed"]
 
-_TOKENS = 512  # of a pass that reads or scores
-_SAMPLES = 64  # rows that an iteration scores, at most
+_TOKENS = 128  # of the pass that is timed to fit the threads
+_BUSY = 0.75  # cores that this process gets per thread; below, fewer threads may be faster
+_GAIN = 2.0  # times that fewer threads have to be faster: on an idle machine a short pass gains less
+_ENOUGH = 10.0  # seconds of a pass over one row; a slower one is not repeated
 _MOST = 30.0  # seconds of a pass over the whole batch; if it would take longer, the row has to do
+_PROBED_TOKENS, _PROBED_ROW = 512, 128  # of a pass that reads or scores
 
 
-def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Machine, Model, Work]:
+def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False) -> tuple[Speed, Work]:
     """Measure this machine with the model of a recipe.
 
-    If minutes end the run, this process may use fewer threads from now on (see `run.threads`). Otherwise it uses all that torch
-    does, so that a run that goes on later gives the same weights.
+    If minutes end the run, this process may use fewer threads from now on. Otherwise it uses all that torch does, so that a run
+    that goes on later gives the same weights.
 
     Args:
-        recipe: only its model, budget, device, axes and number format count.
+        recipe: the run; its way to prune may change afterwards, and it may use gradient checkpointing.
         listen: told of events.
         trust_remote_code: whether code that comes with the model may run.
 
     Returns:
-        Speeds and memory, the model's sizes, and the work with the model, whose weights are unchanged.
+        Speeds and free memory, and the planned work with the model, whose weights are unchanged.
 
     Raises:
-        UsageError: the model cannot be loaded, or is smaller than the budget.
+        UsageError: the model cannot be loaded, does not fit into memory, or is smaller than the budget.
     """
     began = time.perf_counter()
-    if locate(recipe.model)[1] is None and recipe.vocabulary is None:  # otherwise the sizes are known once it is read
-        foreseen = pick_device(recipe.device)
-        unread = load_shapes(recipe.model, trust_remote_code=trust_remote_code)
-        whole = shapes(unread)
-        target = Budget.parse(recipe.budget, dense=whole.params, decoder=whole.decoder, outside=whole.params - whole.decoder).keep
-        needed = _memory(whole, _cut_to(whole, target), foreseen, recipe.dtype)[1]
-        ways = ways_to_prune(unread, recipe, _setup(foreseen, recipe.dtype))
-        if trouble := beyond(recipe.model, "train", needed=needed, free=free_bytes(foreseen), ways=ways):
-            raise UsageError(trouble)
+    if trouble := room(recipe, trust_remote_code=trust_remote_code, again=True):
+        raise UsageError(trouble)
     work = begin(recipe, listen, trust_remote_code=trust_remote_code)
     load = time.perf_counter() - began
+    work.stages, work.budget = plan(work)
+    model, device, free = work.model, work.model.device, free_bytes(work.model.device)
+    how = replace(setup_of(work), checkpointing=True)
+    check_memory(work, how, free=free)
     listen(Probe())
-    model, config = work.model, work.model.config
-    device, dense = next(model.parameters()).device, shapes(work.model)
-    narrow, longest = uses_bfloat16(device, recipe.dtype), getattr(config, "max_position_embeddings", None)
-    start, decoder = sizes_begun(work)  # a vocabulary that shrinks has done so
-    budget = Budget.parse(recipe.budget, dense=work.dense_params, decoder=decoder, outside=start - decoder)
-    floor, when = work.reduction.floor(work)
-    budget.check_reachable(floor, when=when)
-    needs = _memory(dense, _cut_to(dense, budget.keep), device, recipe.dtype)
-    measured = Model(
-        recipe.model, dense.params, dense.decoder, min(budget.keep, dense.params), longest, (needs[0], needs[1]), teacher=needs[2] - needs[0],
-        instead=tuple(ways_to_prune(model, recipe, _setup(device, recipe.dtype))),
-        sparse=work.loaded.weight_mask is not None, chats=bool(getattr(work.tokenizer, "chat_template", None)),
-    )  # fmt: skip
-    free = free_bytes(device)
-    batch = random_rows(model, _TOKENS // CALIBRATION_ROW, CALIBRATION_ROW)
-    words = torch.cuda.get_device_name(device) if device.type != "cpu" else fit_threads(work) if recipe.minutes else in_words()
-    read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch, device)
-    scored = _tokens_a_second(partial(score_rows, work), batch, device)
-    whole_needs = _memory(dense, dense, device, recipe.dtype)  # the probe trains the dense model
-    fits = free is None or whole_needs[1] <= free
-    again = free is not None and whole_needs[0] > free
-    trained = _trained(work, device, narrow=narrow, checkpointing=again) * (4 / 3 if again else 1) if fits else scored
-    machine = Machine(read, scored, trained, load, f"{words}, {'bfloat16' if narrow else 'float32'}", free)
-    return machine, measured, work
+    dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains
+    fits = free is None or most_bytes(dense, how) <= free
+    how = replace(how, checkpointing=free is not None and most_bytes(dense, replace(how, checkpointing=False)) > free)
+    words = fit_threads(work) if recipe.minutes else _in_words()
+    if device.type != "cpu":
+        words = torch.cuda.get_device_name(device)
+    words += f", {'bfloat16' if how.narrow else 'float32'}"
+    of, row = shapes(model), replace(how, length=_PROBED_ROW)
+    batch = _random_rows(model, _PROBED_TOKENS // _PROBED_ROW, _PROBED_ROW)
+    read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch) * operations(
+        of, row, kind="read"
+    )
+    scored = trained = _tokens_a_second(partial(_score_rows, work), batch) * operations(of, row, kind="score")
+    if fits:
+        trained = _trained(work, checkpointing=how.checkpointing) * operations(of, replace(how, lora=0), kind="train")
+    others = {"score": scored, "repair": scored, "train": trained}
+    return Speed(read, words, memory=free, others=others, load=load), work
 
 
-def _cut_to(dense: Shapes, params: int) -> Shapes:
-    """The shapes with at most so many parameters; a target that removes the whole decoder is refused elsewhere."""
-    return dense.cut_to(max(dense.params - dense.decoder, min(dense.params, params)))
+def scoring_speed(work: Work) -> Speed:
+    """The speed of this machine with a run's model, measured on one batch of random tokens that is scored."""
+    work.tell(Probe())
+    length = work.recipe.calibration.length
+    batch = _random_rows(work.model, max(1, _PROBED_TOKENS // length), length)
+    for _ in range(2):  # the first pass of a process is slow
+        span = _seconds(partial(_score_rows, work, batch))
+    flops = batch.numel() * operations(shapes(work.model), replace(setup_of(work), length=length), kind="score") / span
+    return Speed(flops, f"this machine reaches {flops / 1e12:.3g} TFLOP/s with this model")
 
 
-def _memory(dense: Shapes, pruned: Shapes, device: torch.device, dtype: str) -> list[int]:
-    """Bytes that the run takes at its peak: plain, with gradient checkpointing, and plain with the dense model as teacher.
-
-    All training comes after the cuts. If little stays of the model, pruning takes more than training.
-    """
-    how = _setup(device, dtype)
-    ways = (how, replace(how, checkpointing=True), replace(how, teacher=dense))
-    pruning = partial(pruning_memory, dense, samples=_SAMPLES, length=CALIBRATION_ROW, moments=False, reads=True)
-    return [max(process_bytes(parts, how.device) for parts in (training_memory(pruned, each), pruning(each))) for each in ways]
-
-
-def _setup(device: torch.device, dtype: str) -> Setup:
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    return Setup(kind, uses_bfloat16(device, dtype), TRAINING_ROW, batch_tokens=BATCH_TOKENS)
-
-
-def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: bool) -> float:
+def _trained(work: Work, *, checkpointing: bool) -> float:
     """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
-    model = work.model
-    ids = random_rows(model, BATCH_TOKENS // TRAINING_ROW, TRAINING_ROW).to(device)
+    model, training, device = work.model, work.recipe.training, work.model.device
+    ids = _random_rows(model, training.batch_rows, training.length).to(device)
     optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
 
-    def step(rows: torch.Tensor) -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+    def step(rows: Tensor) -> None:
+        with precision(device, work.recipe.dtype):
             loss = lm(model, rows, None)
         (loss / rows.numel()).backward()
         optimizer.step()
@@ -126,28 +116,86 @@ def _trained(work: Work, device: torch.device, *, narrow: bool, checkpointing: b
     model.train()
     try:
         with keeping_freed(), kernels(model, gradient_checkpointing=checkpointing, compiled=False, liger=False):  # as in training
-            return _tokens_a_second(step, ids, device)
+            return _tokens_a_second(step, ids)
     finally:
         optimizer.zero_grad(set_to_none=True)
         model.eval()
 
 
-def _tokens_a_second(do: Callable[[torch.Tensor], object], batch: torch.Tensor, device: torch.device) -> float:
+def _tokens_a_second(do: Callable[[Tensor], object], batch: Tensor) -> float:
     """Speed of a pass over a batch, or over its first row if the batch would take long.
 
     The first pass of a process takes longest, and a part of each pass takes as long for one row as for many.
     """
     for _ in range(2):
-        one = _seconds(lambda: do(batch[:1]), device)
-        if one > ENOUGH:
+        of_row = _seconds(lambda: do(batch[:1]))
+        if of_row > _ENOUGH:
             break
-    return batch[0].numel() / one if one * len(batch) > _MOST else batch.numel() / _seconds(lambda: do(batch), device)
+    if of_row * len(batch) > _MOST:
+        return batch[0].numel() / of_row
+    return batch.numel() / _seconds(lambda: do(batch))
 
 
-def _seconds(do: Callable[[], object], device: torch.device) -> float:
-    def whole() -> None:
-        do()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _random_rows(model: Any, count: int, length: int) -> Tensor:
+    """Random tokens to time a pass with, int64 [count, length] on the CPU; the same each time."""
+    return torch.randint(model.config.vocab_size, (count, length), generator=torch.Generator().manual_seed(0))
 
-    return seconds_of(whole)
+
+def _score_rows(work: Work, rows: Tensor) -> None:
+    """Score a run's model on these rows by first-order Taylor."""
+    axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in work.recipe.axes]
+    score(work.model, axes, [rows], metrics=[taylor], dtype=work.recipe.dtype)
+
+
+def _seconds(do: Callable[[], object]) -> float:
+    """How long a call takes, with what it has a GPU do."""
+    began = time.perf_counter()
+    do()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return max(time.perf_counter() - began, 1e-6)
+
+
+def fit_threads(work: Work) -> str:
+    """Use fewer threads from now on if the run's model is then scored in half of the time; only on a CPU, in a single process.
+
+    Returns:
+        How many threads are used, in words.
+    """
+    if torch.get_num_threads() == 1 or work.model.device.type != "cpu" or world.size() > 1:
+        return _in_words()
+    return _fitted(partial(_score_rows, work, _random_rows(work.model, 1, _TOKENS)))
+
+
+def _fitted(do: Callable[[], object]) -> str:
+    threads = torch.get_num_threads()
+    for _ in range(2):  # the first of a process takes longest
+        began = time.process_time()
+        took = _seconds(do)
+        cores = (time.process_time() - began) / took
+        if took > _ENOUGH:
+            break
+    if cores >= _BUSY * threads:
+        return _in_words()
+    fewer = min(threads - 1, max(1, round(cores)))
+    torch.set_num_threads(fewer)
+    faster = _seconds(do)
+    torch.set_num_threads(threads)
+    if min(took, _seconds(do)) < _GAIN * faster:  # asked again, since other work may have ended meanwhile
+        return _in_words()
+    torch.set_num_threads(fewer)
+    return f"{fewer} of {threads} threads, which is faster at present"
+
+
+def _in_words() -> str:
+    return counted(torch.get_num_threads(), "thread")
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """After this context as many threads are used as before it."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
-from adapt_pruner.core.events.run import Answered
+from adapt_pruner.core.events.run import Answered, PromptAnswer
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.precision import nonfinite_error
 from adapt_pruner.core.model.weight_mask import count_nonzero
@@ -34,17 +36,8 @@ from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
 
 __all__ = [
-    "Outcome",
-    "facts",
-    "measure_answers",
-    "measure_end",
-    "measure_start",
-    "measure_tasks",
-    "measure_text",
-    "warn_of_pattern",
-    "whole_mask",
-    "write",
-]
+    "Outcome", "facts", "measure_answers", "measure_end", "measure_start", "measure_tasks", "measure_text", "warn_of_pattern", "whole_mask", "write",
+]  # fmt: skip
 
 _ENOUGH = 2048  # calibration tokens on which the loss is compared
 
@@ -101,24 +94,22 @@ def _measure_calibration(work: Work) -> None:
 
     A run with held-out text has no need of it.
     """
-    batches, tokens = [], 0
+    batches: list[Tensor] = []
     for batch in work.data.calibration(1) if not work.data.held_out else ():
-        if tokens < _ENOUGH:
+        if sum(before.numel() for before in batches) < _ENOUGH:
             batches.append(batch)
-            tokens += batch.numel()
-    if batches:
-        with work.state.clock("evaluate"):
-            loss = mean_loss(work.model, batches, task=work.task, dtype=work.recipe.dtype)
-        known = work.state.figures.get("calibration_losses", [])
-        if math.isnan(loss):
-            if known:
-                raise RunError(
-                    f"the loss of the pruned model on the calibration text is {loss}; set dtype to float32, or method or repair to "
-                    "another"
-                )
-            device = next(work.model.parameters()).device
-            raise nonfinite_error(f"the loss on the calibration text is {loss}", device, work.recipe.dtype)
-        work.state.figures["calibration_losses"] = [*known, loss]
+    if not batches:
+        return
+    with work.state.clock("evaluate"):
+        loss = mean_loss(work.model, batches, task=work.task, dtype=work.recipe.dtype)
+    losses = work.state.figures.get("calibration_losses", [])
+    if math.isnan(loss) and losses:
+        raise RunError(
+            f"the loss of the pruned model on the calibration text is {loss}; set dtype to float32, or method or repair to another"
+        )
+    if math.isnan(loss):
+        raise nonfinite_error(f"the loss on the calibration text is {loss}", work.model.device, work.recipe.dtype)
+    work.state.figures["calibration_losses"] = [*losses, loss]
 
 
 def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
@@ -135,9 +126,8 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
             texts=data.held_out_texts, on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
-        known = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])
-        known += [None] * (stage - len(known))  # for stages that ended before somebody asked for it
-        known.append(figure)
+        values = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])
+        values += [None] * (stage - len(values)) + [figure]  # None for stages that ended before somebody asked for it
     if measured.judged and not after_cuts:
         figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
     work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.to_dict()))
@@ -149,16 +139,16 @@ def measure_tasks(work: Work, *, stage: int) -> float:
     Returns:
         The seconds that the scores from the cache once took.
     """
-    asked, figures = work.recipe.evaluation, work.state.figures
-    if asked.tasks is None:
+    evaluation, figures = work.recipe.evaluation, work.state.figures
+    if evaluation.tasks is None:
         return 0.0
 
-    def told(task: str, done: int, of: int) -> None:
+    def tell(task: str, done: int, of: int) -> None:
         work.tell(Progress(phase="task", task=task, done=done, of=of, stage=stage or None))
 
     with work.state.clock("evaluate"):
         settings: dict[str, Any] = {
-            "limit": asked.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": told, "warn": work.warn,
+            "limit": evaluation.limit, "dtype": work.recipe.dtype, "trust_remote_code": work.trust_remote_code, "on_task": tell, "warn": work.warn,
         }  # fmt: skip
         scores = world.on_main(lambda: evaluate_tasks(work.model, work.tokenizer, work.data.tasks, **settings))
     mean, stderr = average(scores) or (None, None)
@@ -179,26 +169,22 @@ def measure_answers(work: Work, *, stage: int) -> None:
     if not prompts or not work.model.can_generate():
         return
 
-    def said() -> list[dict[str, str]] | str:
+    def answered() -> list[str] | str:
+        how: dict[str, Any] = {"max_new_tokens": LONGEST, "dtype": work.recipe.dtype}
         try:
-            return [
-                {
-                    "prompt": prompt,
-                    "text": answer(work.model, work.tokenizer, prompt, max_new_tokens=LONGEST, dtype=work.recipe.dtype).text,
-                }
-                for prompt in prompts
-            ]
+            return [answer(work.model, work.tokenizer, prompt, **how).text for prompt in prompts]
         except (RunError, UsageError) as error:
             return str(error)
 
     with work.state.clock("evaluate"):
-        answers = world.on_main(said)
-    if isinstance(answers, str):
-        work.warn(f"the prompts were not answered: {answers}")
+        texts = world.on_main(answered)
+    if isinstance(texts, str):
+        work.warn(f"the prompts were not answered: {texts}")
         return
+    answers = [PromptAnswer(prompt=prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
     figures = work.state.figures
     figures["answers"] = [*figures.get("answers", []), {"stage": stage, "answers": answers}]
-    work.tell(Answered(stage=stage, answers=answers))  # type: ignore[arg-type]
+    work.tell(Answered(stage=stage, answers=answers))
 
 
 def warn_of_pattern(work: Work) -> None:
@@ -250,14 +236,8 @@ def write(work: Work, path: Path, *, write_more: Callable[[Path], None]) -> None
     except KeyboardInterrupt:
         interrupted = True  # the error itself would keep the timed models in memory
     save(
-        work.model,
-        work.tokenizer,
-        path,
-        mask=whole_mask(work),
-        pruning=facts(work) | {"base": origin(work.recipe.model)},
-        dtype=work.loaded.dtype,
-        weight_mask=work.weight_mask,
-        write_more=write_more,
-    )
+        work.model, work.tokenizer, path, mask=whole_mask(work), pruning=facts(work) | {"base": origin(work.recipe.model)},
+        dtype=work.loaded.dtype, weight_mask=work.weight_mask, write_more=write_more,
+    )  # fmt: skip
     if interrupted:
         raise KeyboardInterrupt

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run import results
 from adapt_pruner.run.checkpoints import kept
-from adapt_pruner.run.disk_space import check_run
 from adapt_pruner.run.folder import RunFolder
+from adapt_pruner.run.plan import check_run
 from adapt_pruner.run.start import begin, prepare
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
@@ -41,7 +40,11 @@ def resumed(
     if path is None:
         work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True)
     else:
-        _check_origin(path, saved, recipe, origin)
+        if saved["identity"] != origin:  # the same files may lie at another path now
+            raise UsageError(
+                f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it "
+                "is now; name another folder, or restore that model"
+            )
         loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
         state = RunState.from_json(saved)
         _check_changes(path, state, recipe, changed, tensors)
@@ -68,9 +71,12 @@ def resumed(
         work.warn(sentence)
     if changed or replaced:
         work.reduction.fit(work)
-    _restore_feed(work, anew="training text" in replaced)
+    feed, state = work.data.feed, work.state
+    if feed is not None and "training text" in replaced:
+        state.progress.rows = feed.skip_to(state.progress.tokens)
+    elif feed is not None:
+        feed.restore(state.feed)
     if path is not None:
-        state = work.state
         cuts = sum(note["stage"] == state.stage for note in state.history)
         work.tell(Resumed(path=str(path), stage=state.stage, step=state.progress.steps, pruned=state.pruned, cuts=cuts))
 
@@ -87,39 +93,13 @@ def resumed(
             "digests": work.data.digests, "log_size": folder.log_size if log_size is None else log_size,
         }  # fmt: skip
         save_state(
-            work.loaded,
-            target,
-            weights=weights,
-            moments=moments,
-            mask=results.whole_mask(work),
-            pruning=results.facts(work),
-            state=facts,
+            work.loaded, target, weights=weights, moments=moments, mask=results.whole_mask(work), pruning=results.facts(work), state=facts,
             weight_mask=work.weight_mask,
-        )
+        )  # fmt: skip
         work.tell(Saved(path=str(target), stage=work.state.stage))
         folder.tidy(keep=kept(recipe))
 
     return work, Trainer(work, save=keep, log_size=lambda: folder.log_size, tensors=tensors)
-
-
-def _restore_feed(work: Work, *, anew: bool) -> None:
-    """Bring the feed, in place, to where the run stands; `anew` if the text is another one."""
-    feed, state = work.data.feed, work.state
-    if feed is None:
-        return
-    if anew:
-        state.progress.rows = feed.skip_to(state.progress.tokens)
-    else:
-        feed.restore(state.feed)
-
-
-def _check_origin(path: Path, saved: Mapping[str, Any], recipe: Recipe, origin: str) -> None:
-    if saved["identity"] != origin:  # the same files may lie at another path now
-        raise UsageError(
-            f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it "
-            "is now; "
-            "name another folder, or restore that model"
-        )
 
 
 def _check_changes(path: Path, state: RunState, recipe: Recipe, changed: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
@@ -127,8 +107,7 @@ def _check_changes(path: Path, state: RunState, recipe: Recipe, changed: Sequenc
     if state.stage > recipe.stages:
         raise UsageError(
             f"the run of {path} is in stage {state.stage} and the recipe has only {counted(recipe.stages, 'stage')}; set stages to "
-            f"{state.stage} or more, "
-            "or name another folder"
+            f"{state.stage} or more, or name another folder"
         )
     if any(key.partition(".")[0] == "vocabulary" for key in changed):
         raise UsageError(

@@ -4,6 +4,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from adapt_pruner.core.model.kinds import BLOCKS, OF_THE_MODEL
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shards import stage_tokens
 from adapt_pruner.core.system import world
-from adapt_pruner.core.system.files import why, write_whole
+from adapt_pruner.core.system.files import write_whole
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.data.sources import domains
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
@@ -42,15 +43,14 @@ from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
-from adapt_pruner.run.ahead import ahead, setup_here
-from adapt_pruner.run.estimate import Setup, setup_of, shapes
-from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
-from adapt_pruner.run.plan import check_memory, free_bytes, too_large
-from adapt_pruner.run.teacher import teacher_of
+from adapt_pruner.run.estimate import Setup, shapes
+from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT, writing
+from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
+from adapt_pruner.run.training import teacher_of
 from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
-__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "tell_start", "to_write"]
+__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "stages", "tell_start"]
 
 
 def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
@@ -60,32 +60,33 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
         UsageError: the model cannot be loaded, or the recipe does not fit it.
     """
     work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
-    asked = recipe.vocabulary
-    if asked is not None and asked.keep is not None:
-        tokens = [axis for axis in work.axes if axis.kind == "vocabulary"]
-        work.shrink(Mask({axis.name: torch.arange(axis.size) < asked.keep for axis in tokens}))
+    keep = None if recipe.vocabulary is None else recipe.vocabulary.keep
+    if keep is not None:
+        work.shrink(Mask({axis.name: torch.arange(axis.size) < keep for axis in work.axes if axis.kind == "vocabulary"}))
         work.state.figures["params_after_vocabulary"] = work.num_params
     if recipe.latency:  # its size is measured later
-        work.stages = _stages(work, start=work.num_params, end=work.num_params)
+        work.stages = stages(work, start=work.num_params, end=work.num_params)
     else:
         work.stages, work.budget = plan(work)
-    training, teacher = recipe.training, None
-    if training.source is not None and training.needs_teacher:
-        named = training.teacher
-        teacher = shapes(work.model if named is None else load_shapes(named, trust_remote_code=trust_remote_code))
-    device = pick_device(recipe.device) if here else torch.device("cpu" if recipe.device == "cpu" else "cuda")
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and kind == "cuda")
+    teacher = None
+    if recipe.training.teacher is not None:
+        teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code))
     if here:
-        narrow = uses_bfloat16(device, recipe.dtype)
-    return work, setup_of(recipe, device=kind, narrow=narrow, teacher=teacher, processes=world.size())
+        return work, setup_of(work, device=pick_device(recipe.device), teacher=teacher)
+    device = "cpu" if recipe.device == "cpu" else "cuda"
+    narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
+    return work, replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
 
 
-def room(recipe: Recipe, *, trust_remote_code: bool = False) -> str:
-    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes."""
+def room(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False) -> str:
+    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes.
+
+    With `again`, the run may use gradient checkpointing although the recipe does not say so.
+    """
     if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
         return ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
+    how = replace(how, checkpointing=how.checkpointing or again)
     return too_large(work, how, free=free_bytes(pick_device(recipe.device)))
 
 
@@ -113,12 +114,9 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, 
                 "says so; remove the folder sparsity/ to start with the weights as they are"
             )
         state.figures["sparsity_before"] = "" if zeros.pattern is None else str(zeros.pattern)
-    if "vocabulary" in mask:
-        state.figures |= {
-            "vocabulary_before": mask["vocabulary"].numel(),
-            "vocabulary_after": int(mask["vocabulary"].sum()),
-            "params_after_vocabulary": count_parameters(loaded.model),
-        }
+    if (tokens := mask.kept.get("vocabulary")) is not None:
+        state.figures |= {"vocabulary_before": tokens.numel(), "vocabulary_after": int(tokens.sum())}
+        state.figures["params_after_vocabulary"] = count_parameters(loaded.model)
     work = Work(loaded, recipe, listen, trust_remote_code, state, dense_params=dense)
     state.figures |= world.on_main(lambda: latency.budget_for(work))
     return work
@@ -133,10 +131,10 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     Raises:
         UsageError: the text does not exist, or the tokenizer cannot be rewritten.
     """
-    asked = recipe.vocabulary
-    if asked is None or asked.source is None:
+    vocabulary, tokenizer = recipe.vocabulary, loaded.tokenizer
+    if vocabulary is None or vocabulary.source is None:
         return loaded, Mask()
-    axes, tokenizer, source = families.axes(loaded.model), loaded.tokenizer, asked.source
+    axes, source = families.axes(loaded.model), vocabulary.source
     axis = next((axis for axis in axes if axis.kind == "vocabulary"), None)
     if axis is None:
         raise UsageError(
@@ -145,19 +143,11 @@ def _cut_vocabulary(loaded: Loaded, recipe: Recipe, listen: Listener) -> tuple[L
     configs = (loaded.model.config, loaded.model.generation_config)
     named = [getattr(config, field, None) for config in configs for field in axis.indices]
     numbers = [number for field in named for number in (field if isinstance(field, list) else [field]) if number is not None]
-    keep = world.on_main(
-        lambda: kept_tokens(
-            tokenizer,
-            token_uses(tokenizer, source, size=axis.size),
-            keep=asked.keep,
-            min_uses=asked.min_uses,
-            named=numbers,
-        )
-    )
+    how: dict[str, Any] = {"keep": vocabulary.keep, "min_uses": vocabulary.min_uses, "named": numbers}
+    keep = world.on_main(lambda: kept_tokens(tokenizer, token_uses(tokenizer, source, size=axis.size), **how))
     smaller, mask = smaller_tokenizer(tokenizer, keep), Mask({"vocabulary": keep})
     cut(loaded.model, axes, mask)
-    left = VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model))
-    listen(left)
+    listen(VocabularyCut(tokens_before=axis.size, tokens=int(keep.sum()), params=count_parameters(loaded.model)))
     return replace(loaded, tokenizer=smaller), mask
 
 
@@ -177,7 +167,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     work.reduction.check(work)
     if recipe.makes_zeros:
         _check_zeros(work, cuts=False)
-        return _stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
+        return stages(work, start=work.num_params, end=work.num_params), Budget(keep=work.num_params, total=work.num_params)
     keep = latency.params_to_keep(recipe, figures)
     start, decoder = sizes_begun(work)
     budget = Budget.parse(
@@ -198,7 +188,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
         _check_saved(work)
         floor, when = work.reduction.floor(work)
         budget.check_reachable(floor, when=when)
-    return _stages(work, start=start, end=min(start, budget.keep)), budget
+    return stages(work, start=start, end=min(start, budget.keep)), budget
 
 
 def _check_class(work: Work) -> None:
@@ -222,7 +212,7 @@ def _check_saved(work: Work) -> None:
     if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):
         remedy = "" if blocks else "set equal_widths=true, or "
         raise UsageError(
-            f"{stock_class(work.model)} has no class in checkpoint/modeling_pruned.py, so layers that differ in size could not be "
+            f"{stock_class(work.model)} has no class in core/model/modeling_pruned.py, so layers that differ in size could not be "
             f"saved; {remedy}prune whole layers, for example with method=shortgpt"
         )
 
@@ -233,26 +223,22 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
     Raises:
         UsageError: the recipe asks for such a thing.
     """
-    recipe, asked = work.recipe, work.recipe.training
-    if not (recipe.makes_zeros or "sparsity_before" in work.state.figures):
+    recipe, training, began_sparse = work.recipe, work.recipe.training, "sparsity_before" in work.state.figures
+    if not (recipe.makes_zeros or began_sparse):
         return
-    trains = asked.source is not None
+    trains, reduce = training.source is not None, f"reduce={recipe.reduce.partition('(')[0]}"
     filling = {
         "repair": (cuts and recipe.repair is not None, "set repair=null"),
-        f"reduce={recipe.reduce.partition('(')[0]}": (
-            cuts and work.reduction.fills_zeros,
-            "prune the model that it was made from",
-        ),
-        "training.lora": (trains and asked.lora is not None, "set training.lora=null, which trains the weights that stay"),
+        reduce: (cuts and work.reduction.fills_zeros, "prune the model that it was made from"),
+        "training.lora": (trains and training.lora is not None, "set training.lora=null, which trains the weights that stay"),
         "parallel=fsdp": (trains and recipe.parallel == "fsdp", "set parallel=ddp"),
     }
     for key, (given, remedy) in filling.items():
         if given:
             raise UsageError(f"{key} would not keep the zeros of a sparse model; {remedy}")
-    taught = trains and asked.needs_teacher and asked.teacher is None
-    if taught and "sparsity_before" in work.state.figures:
+    if began_sparse and trains and training.needs_teacher and training.teacher is None:
         raise UsageError(
-            f"{recipe.model} is sparse, and training.objective {asked.objective!r} would use it as teacher; name the dense "
+            f"{recipe.model} is sparse, and training.objective {training.objective!r} would use it as teacher; name the dense "
             "model as training.teacher"
         )
 
@@ -260,20 +246,18 @@ def _check_zeros(work: Work, *, cuts: bool) -> None:
 def sizes_begun(work: Work) -> tuple[int, int]:
     """Parameters of the model and of its decoder layers when pruning began, without removed tokens; the same in a resumed run."""
     figures = work.state.figures
-    return figures.get("params_after_vocabulary", work.dense_params), figures.get("decoder_params_before") or decoder_parameters(
-        work.model
-    )
+    decoder = figures.get("decoder_params_before") or decoder_parameters(work.model)
+    return figures.get("params_after_vocabulary", work.dense_params), decoder
 
 
-def _stages(work: Work, *, start: int, end: int) -> list[Stage]:
+def stages(work: Work, *, start: int, end: int) -> list[Stage]:
     """The stages of a run that goes from `start` parameters to `end`."""
     recipe, planned, reached = work.recipe, [], start
     tokens = stage_tokens(recipe.training.tokens, stages=recipe.stages, shards=recipe.training.shards)
-    for k, target in enumerate(stage_targets(start, end, recipe.stages), start=1):
+    for k, (target, trained) in enumerate(zip(stage_targets(start, end, recipe.stages), tokens, strict=True), start=1):
         iterations = work.reduction.num_steps(work, start=start, reached=reached, target=target)
-        looked_at = iterations * recipe.calibration.samples * recipe.calibration.length
-        trained = tokens[k - 1]
-        planned.append(Stage(k, target, iterations, looked_at, trained, -(-trained // recipe.training.step_tokens)))
+        read = iterations * recipe.calibration.samples * recipe.calibration.length
+        planned.append(Stage(k, target, iterations, read, trained, -(-trained // recipe.training.step_tokens)))
         reached = target
     return planned
 
@@ -296,8 +280,8 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     work.stages, work.budget = plan(work)
     _check_machine(work)
     if write and not begun:
-        check_memory(work, setup_here(work), free=free_bytes(work.model.device))
-    if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
+        check_memory(work, setup_of(work), free=free_bytes(work.model.device))
+    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
@@ -305,11 +289,10 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     tasks: list[Wanted] = []
     world.on_main(lambda: tasks.extend(_tasks(work, load=write)))
     if write:
-        work.tell(ahead(work, setup_here(work), writes=() if begun else to_write(work)))
+        work.tell(phases(work, setup_of(work), begun=begun))
         work.begins("read")
-    looks_at_text = work.reads_text
-    with work.state.clock("score") if _writes_text(recipe) else nullcontext():
-        calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
+    with work.state.clock("score") if writes_text(recipe) else nullcontext():
+        calibration = _calibration(work, folder, begun=begun, write=write) if work.reads_text else lambda iteration: []
     with work.state.clock("repair"):
         own = [*_repair_text(work, folder, begun=begun), *_further_text(work)] if write else []
     if write:
@@ -317,43 +300,28 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
     rows = _rows(work, moving=getattr(make_feed.func, "wants_losses", False))
     feed: Feed | None = None if rows is None else make_feed(rows)
-    begins_with, by_text = calibration(0), _held_out(work)
+    begins_with, evaluation, by_text = calibration(0), recipe.evaluation, dict[str, list[Tensor]]()
+    if evaluation.source is not None:
+        by_text = work.task.held_out(
+            work.tokenizer, source=evaluation.source, window=evaluation.window, max_windows=evaluation.max_windows
+        )
     held_out = [window for windows in by_text.values() for window in windows]
-    batch_rows = recipe.training.batch_rows
     if world.is_main() and not begun:
-        _warn_of_texts(work, begins_with if looks_at_text else None, held_out)
+        _warn_of_texts(work, begins_with if work.reads_text else None, held_out)
+    digests = {
+        "calibration text": digest_of([*begins_with, *own]),
+        "training text": "" if rows is None else rows.digest(),
+        "held-out text": digest_of(held_out) if held_out else "",
+        "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
+    }
+    ends: list[int] = []
+    if feed is not None:
+        ends = whole_batches(feed.ends([stage.tokens for stage in work.stages]), batch_rows=recipe.training.batch_rows)
+        digests |= feed.inputs()
     work.data = RunData(
-        calibration=calibration,
-        own=own,
-        feed=feed,
-        ends=[] if feed is None else whole_batches(feed.ends([stage.tokens for stage in work.stages]), batch_rows=batch_rows),
-        digests={
-            "calibration text": digest_of([*begins_with, *own]),
-            "training text": "" if rows is None else rows.digest(),
-            "held-out text": digest_of(held_out) if held_out else "",
-            "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
-            **({} if feed is None else feed.inputs()),
-        },
-        held_out=held_out,
-        held_out_texts=[text for text, windows in by_text.items() for _ in windows],
-        held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
-        teacher=teacher_of(work, begun=begun),
-        tasks=tasks,
-    )
-
-
-def _writes_text(recipe: Recipe) -> bool:
-    """Whether the model writes its calibration text itself."""
-    return recipe.calibration.ids is None and SELF in domains(recipe.calibration.source)
-
-
-def to_write(work: Work) -> tuple[int, ...]:
-    """Number of sequences in each text that the model writes before a run begins."""
-    recipe, asked = work.recipe, work.recipe.calibration
-    return (
-        *((asked.samples,) if work.reads_text and _writes_text(recipe) else ()),
-        *((asked.self_generated,) if asked.self_generated and recipe.repair is not None else ()),
-    )
+        calibration, own, feed, ends, digests, held_out, [text for text, windows in by_text.items() for _ in windows], work.task.num_bytes(work.tokenizer, held_out),
+        teacher_of(work, begun=begun), tasks,
+    )  # fmt: skip
 
 
 def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[Tensor]) -> None:
@@ -366,30 +334,29 @@ def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[
         "evaluation": recipe.evaluation.source,
         "vocabulary": None if recipe.vocabulary is None else recipe.vocabulary.source,
     }
+    settings = {"calibration": "length", "training": "length", "evaluation": "window"}
     lengths = {
-        "calibration.length": recipe.calibration.length if ids is None and reads else None,
-        "training.length": recipe.training.length if recipe.training.source is not None else None,
-        "evaluation.window": recipe.evaluation.window if recipe.evaluation.source is not None else None,
+        f"{role}.{key}": getattr(getattr(recipe, role), key) for role, key in settings.items() if sources[role] is not None
     }
-    asked = {setting: length for setting, length in lengths.items() if length is not None}
     shared = same_tokens(ids, begins_with, str(recipe.evaluation.source), held_out) if ids and begins_with is not None else None
     found = overlaps(sources)
     if repeated := [overlap.found for overlap in found if "evaluation" in overlap.roles]:
         work.state.figures["not_held_out"] = repeated
-    for sentence in (*(overlap.sentence for overlap in found), shared, *too_long(work.model.config, asked)):
+    for sentence in (*(overlap.sentence for overlap in found), shared, *too_long(work.model.config, lengths)):
         if sentence:
             work.warn(sentence)
 
 
 def _tasks(work: Work, *, load: bool) -> list[Wanted]:
-    asked, trusted = work.recipe.evaluation, work.trust_remote_code
-    if asked.tasks is None:
+    evaluation = work.recipe.evaluation
+    if evaluation.tasks is None:
         return []
-    work.tell(Find(tasks=asked.tasks))
+    work.tell(Find(tasks=evaluation.tasks))
+    how: dict[str, Any] = {"task_dir": evaluation.task_dir, "trust_remote_code": work.trust_remote_code}
     if not load:
-        check_tasks(asked.tasks, task_dir=asked.task_dir, trust_remote_code=trusted)
+        check_tasks(evaluation.tasks, **how)
         return []
-    wanted = find_tasks(asked.tasks, task_dir=asked.task_dir, trust_remote_code=trusted)
+    wanted = find_tasks(evaluation.tasks, **how)
     set_shots(wanted, None)
     return wanted
 
@@ -400,30 +367,27 @@ def _check_machine(work: Work) -> None:
     Raises:
         UsageError: a batch does not fit the processes, or a package or GPU is missing.
     """
-    asked, model = work.recipe.training, work.model
-    if asked.source is None:
+    training, model = work.recipe.training, work.model
+    if training.source is None:
         return
-    rows = asked.batch_rows
-    if asked.step_tokens != asked.batch_tokens:
+    if training.step_tokens != training.batch_tokens:
         work.warn(
-            f"a step reads {asked.step_tokens:,} tokens, since training.batch_tokens {asked.batch_tokens:,} is no multiple of "
-            f"training.length {asked.length:,}"
+            f"a step reads {training.step_tokens:,} tokens, since training.batch_tokens {training.batch_tokens:,} is no multiple of "
+            f"training.length {training.length:,}"
         )
-    if rows % world.size():
-        raise of_all(
-            UsageError(
-                f"a batch of {asked.batch_tokens:,} tokens is {rows} rows of {asked.length}, which {world.size()} processes cannot "
-                f"share evenly; set training.batch_tokens to a multiple of {asked.length * world.size():,}"
-            )
-        )
-    if asked.liger and families.is_sliced(model.config):
+    if training.batch_rows % world.size():
+        raise of_all(UsageError(
+            f"a batch of {training.batch_tokens:,} tokens is {training.batch_rows} rows of {training.length}, which {world.size()} processes "
+            f"cannot share evenly; set training.batch_tokens to a multiple of {training.length * world.size():,}"
+        ))  # fmt: skip
+    if training.liger and families.is_sliced(model.config):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
     lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
-    if asked.liger and (lacking or set(BLOCKS) & set(work.recipe.axes)):
+    if training.liger and (lacking or {"attentions", "mlps"} & set(work.recipe.axes)):
         raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
-    if asked.liger and next(model.parameters()).device.type != "cuda":
+    if training.liger and model.device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
-    for package, wanted, extra in (("liger_kernel", asked.liger, "liger"), ("peft", asked.lora is not None, "lora")):
+    for package, wanted, extra in (("liger_kernel", training.liger, "liger"), ("peft", training.lora is not None, "lora")):
         if wanted and importlib.util.find_spec(package) is None:
             raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
 
@@ -431,15 +395,15 @@ def _check_machine(work: Work) -> None:
 def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
-    if _writes_text(recipe) and not write:
+    if writes_text(recipe) and not write:
         return lambda iteration: []
-    asked = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
-    if _writes_text(recipe) and folder is not None:
+    keys = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
+    if writes_text(recipe) and folder is not None:
         path = folder / OWN_TEXT
-        asked["ids"] = str(path)
-        world.on_main(lambda: _kept_text(path, work, "calibration text", samples=asked["samples"], seed=recipe.seed, begun=begun))
+        keys["ids"] = str(path)
+        world.on_main(lambda: _kept_text(path, work, "calibration text", samples=keys["samples"], seed=recipe.seed, begun=begun))
     feed = work.task.calibration(
-        work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
+        work.model, work.tokenizer, **keys, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
     return feed if recipe.calibration.redraw else lambda iteration: feed(0)
 
@@ -461,11 +425,11 @@ def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor
 
 def _further_text(work: Work) -> list[Tensor]:
     """Further sequences of the calibration text, which only the repair reads. They are the same in every iteration."""
-    asked = work.recipe.calibration
-    if not asked.repair_samples or work.recipe.repair is None:
+    calibration = work.recipe.calibration
+    if not calibration.repair_samples or work.recipe.repair is None:
         return []
     feed = work.task.calibration(
-        work.model, work.tokenizer, source=asked.source, samples=asked.repair_samples, length=asked.length, ids=None,
+        work.model, work.tokenizer, source=calibration.source, samples=calibration.repair_samples, length=calibration.length, ids=None,
         seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None,
     )  # fmt: skip
     return feed(-1)  # no iteration has this number, so none draws the same sequences
@@ -482,49 +446,36 @@ def _written(work: Work, writer: Any, what: str, *, samples: int, seed: int) -> 
 def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, begun: bool) -> None:
     """Let the model as it was at the start write a text, and save it; do nothing if the run has that text already."""
     recipe = work.recipe
-    asked = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
+    wanted = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if read_json(path)["asked"] == asked:
+            if read_json(path)["asked"] == wanted:
                 return
     writer = work.model
-    if begun and recipe.vocabulary is not None:
-        raise UsageError(
-            f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in "
-            "another folder"
-        )
     if begun:  # the model of the run has been cut since
-        device = next(work.model.parameters()).device
-        writer = load(recipe.model, device=device, trust_remote_code=work.trust_remote_code).model
+        if recipe.vocabulary is not None:
+            raise UsageError(
+                f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in "
+                "another folder"
+            )
+        writer = load(recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code).model
     written = _written(work, writer, what, samples=samples, seed=seed)
-    try:
-        write_whole(path, to_json({"asked": asked, "input_ids": written.tolist()}))
-    except OSError as error:
-        raise RunError(f"{path} could not be written: {why(error)}; correct that and give the same command again") from error
+    with writing(path):
+        write_whole(path, to_json({"asked": wanted, "input_ids": written.tolist()}))
 
 
 def _rows(work: Work, *, moving: bool) -> Rows | None:
     """All rows of the training; with `moving` also those that are read only if the shares of a mixture change."""
-    asked, source = work.recipe.training, work.recipe.training.source
-    if source is None:
+    training = work.recipe.training
+    if training.source is None:
         return None
-
-    def read_rows() -> Rows:
-        return work.task.rows(
-            work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn, moving=moving, expected=work.expected,
-        )  # fmt: skip
-
+    read_rows = partial(
+        work.task.rows, work.tokenizer, training.source, length=training.length, tokens=training.tokens, seed=work.recipe.seed,
+        repeat=training.repeat, warn=work.warn, moving=moving, expected=work.expected,
+    )  # fmt: skip
     rows: list[Rows] = []
     world.on_main(lambda: rows.append(read_rows()))  # one process tokenises, the others read what it stored
     return rows[0] if rows else read_rows()
-
-
-def _held_out(work: Work) -> dict[str, list[Tensor]]:
-    asked = work.recipe.evaluation
-    if asked.source is None:
-        return {}
-    return work.task.held_out(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
 
 
 def tell_start(work: Work, *, training_tokens: int) -> None:

@@ -1,10 +1,11 @@
-"""Train a run's model between its cuts, with optimiser, adapters, shards, kernels and checkpoints."""
+"""Train a run's model between its cuts, with teacher, optimiser, adapters, shards, kernels and checkpoints."""
 
 import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,11 +13,20 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.vocabulary import smaller_tokenizer
 from adapt_pruner.core import events
 from adapt_pruner.core.events.words import compact
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.kinds import OF_THE_MODEL
+from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.precision import cast_weights, uses_bfloat16
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.system.processes import deferred
+from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
@@ -26,7 +36,7 @@ from adapt_pruner.train.objectives import BesideNll, lm, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 from adapt_pruner.work import Work
 
-__all__ = ["Save", "Trainer"]
+__all__ = ["Save", "Trainer", "teacher_of"]
 
 _SLOW = 2 / 3  # share of the tokens asked for: a warning says if less than this fits in the time
 _AFTERWARDS = 3.0  # seconds for the model card and the page, which read no text
@@ -88,11 +98,16 @@ class Trainer:
             self._work.optimizer.state.clear()
 
     def begin_stage(self) -> None:
-        """Prepare a stage's training after its cuts, and save a checkpoint."""
+        """Prepare a stage's training after its cuts, and save a checkpoint. New biases are trained without weight decay."""
         work = self._work
         work.state.progress.forget_losses()
         if work.optimizer is not None:
-            self._join(work)
+            trained = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
+            if not trained & {id(parameter) for parameter in work.model.parameters()}:  # a reduction has replaced all parameters
+                work.optimizer = self._new_optimizer()
+                self._working = (work.model, work.optimizer)
+            else:
+                work.train_new_parameters()
         if work.data.feed is not None:
             self.save(called(work.state.stage, pruned=True))
 
@@ -102,13 +117,12 @@ class Trainer:
         unmerged = work.recipe.training.lora is not None and bool(self._tensors)  # saved after the stage's last step
         if work.data.feed is None or (progress.rows >= until and not unmerged):
             return
-        tokens = work.recipe.training.tokens
-        asked = min(tokens, work.expected or tokens)
+        tokens = min(work.recipe.training.tokens, work.expected or work.recipe.training.tokens)
         in_time = work.recipe.minutes is not None
         for step in self.train_steps(until=until, in_time=in_time):
-            if step.reach < _SLOW * asked:
+            if step.reach < _SLOW * tokens:
                 work.warn_of_stage(
-                    f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(asked)} tokens; the "
+                    f"at this machine's speed there is time for about {compact(step.reach)} of the {compact(tokens)} tokens; the "
                     "learning rate comes down by then"
                 )
         if in_time and progress.tokens == 0:
@@ -208,18 +222,18 @@ class Trainer:
 
     def _steps(self, *, until: int, around: Around, in_time: bool) -> Iterator[Step]:
         """Yield each step of the stage after its backward pass and before it is taken (see `train.loop.steps`)."""
-        work, asked, feed = self._work, self._work.recipe.training, self._work.data.feed
+        work, training, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
-        objective = parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)
-        teacher = "the dense model" if asked.teacher is None else "the teacher"
+        objective = parts.bind("objective", training.objective, teacher=work.data.teacher, task=work.task)
+        teacher = "the dense model" if training.teacher is None else "the teacher"
         heard = BesideNll(objective, work.task) if feed.wants_losses and objective.func is not lm else None
         if name := named_loss(objective.func, objective.keywords, teacher=teacher):
             self._loss_is = {"loss_is": name}
         how = TrainConfig(
             objective=around(heard or objective), heard=heard,
-            schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
-            lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
-            max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
+            schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
+            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.micro_batch_tokens, clip=training.clip,
+            max_rise=training.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
             seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
             expected=world.agreed(self._expected(self._seconds_left())) if in_time else math.inf,
         )  # fmt: skip
@@ -274,32 +288,24 @@ class Trainer:
             self.save(name)
 
     def _new_optimizer(self) -> AdamW:
-        asked = self._work.recipe.training
-        optimizer = make_optimizer(self._work.model, lr=asked.lr, weight_decay=asked.weight_decay, betas=asked.betas)
+        training = self._work.recipe.training
+        optimizer = make_optimizer(self._work.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas)
         load_moments(self._work.model, optimizer, self._tensors)
         return optimizer
-
-    def _join(self, work: Work) -> None:
-        """Add new biases to the optimiser, in place, without weight decay; replace it if all parameters are new."""
-        assert work.optimizer is not None
-        its = {id(parameter) for group in work.optimizer.param_groups for parameter in group["params"]}
-        there = list(work.model.parameters())
-        if not its & {id(parameter) for parameter in there}:  # a reduction has replaced all parameters
-            work.optimizer = self._new_optimizer()
-            self._working = (work.model, work.optimizer)
-            return
-        work.train_new_parameters()
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, Any]]:
         """The model and the optimiser as they train: adapted, sharded, with the recipe's kernels; plain again afterwards."""
-        work, asked = self._work, self._work.recipe.training
+        work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
-            if asked.lora is not None:
+            if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
-                stack.enter_context(adapted(work.model, **asked.lora.model_dump(), seed=seed))
-                _fill(work.model, self._tensors)
+                stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
+                with torch.no_grad():
+                    for name, parameter in work.model.named_parameters():
+                        if name in self._tensors:
+                            parameter.copy_(self._tensors[name])
                 optimizer = self._new_optimizer()
             self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
@@ -308,8 +314,8 @@ class Trainer:
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
                 stack.enter_context(work.weight_mask.keeping_zeros(model))
-            how = {"gradient_checkpointing": asked.gradient_checkpointing, "compiled": asked.compile, "liger": asked.liger}
-            stack.enter_context(kernels(model, **how))
+            again = training.gradient_checkpointing
+            stack.enter_context(kernels(model, gradient_checkpointing=again, compiled=training.compile, liger=training.liger))
             self._working = (model, optimizer)
             try:
                 yield model, optimizer
@@ -317,9 +323,73 @@ class Trainer:
                 self._working = (work.model, work.optimizer)
 
 
-def _fill(model: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the parameters of the same names, in place."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter.copy_(tensors[name])
+def teacher_of(work: Work, *, begun: bool) -> Any:
+    """The model to distil from, frozen, in the precision of matrix products; None if the objective needs none.
+
+    If the run removed tokens from the vocabulary, the teacher loses the same tokens. Its distribution is then renormalised over
+    those that stay.
+
+    Raises:
+        UsageError: the teacher has another vocabulary than the model.
+    """
+    loaded, recipe = work.loaded, work.recipe
+    if recipe.training.source is None or not recipe.training.needs_teacher:
+        return None
+    device = next(loaded.model.parameters()).device
+    name = recipe.training.teacher or recipe.model
+    if recipe.training.teacher is None and not begun:
+        teacher = copy.deepcopy(loaded.model)
+    else:
+        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code), work)
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise UsageError(
+                f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "
+                "tokenizers; distillation compares token by token, so name a teacher of the same vocabulary"
+            )
+        teacher = other.model
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"teacher {name} has {sizes[0]:,} logits and {recipe.model} has {sizes[1]:,}; name a teacher of the same vocabulary"
+        )
+    if parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
+        _check_hidden(work, teacher)
+    cast_weights(teacher, torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32)
+    return teacher.eval().requires_grad_(False)
+
+
+def _check_hidden(work: Work, teacher: Any) -> None:
+    """Refuse to compare hidden states of models whose layers are not as many, or not as wide, once the student is pruned.
+
+    Raises:
+        UsageError: they are not.
+    """
+    recipe = work.recipe
+    changed = [kind for kind in recipe.axes if kind in OF_THE_MODEL]
+    if changed or work.reduction.changes_hidden_states:
+        what = f"axes names {' and '.join(changed)}" if changed else f"reduce {recipe.reduce} changes their width or number"
+        raise UsageError(
+            f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
+        )
+    ours, theirs = (
+        (len(decoder_layers(model, families.axes(model))), model.get_input_embeddings().weight.shape[1])
+        for model in (work.model, teacher)
+    )
+    if ours != theirs:
+        raise UsageError(
+            f"objectives.distil(hidden=…) compares hidden states layer by layer, but {recipe.model} has {ours[0]} layers of width {ours[1]} and "
+            f"the teacher {theirs[0]} of {theirs[1]}; leave out hidden"
+        )
+
+
+def _with_same_tokens(teacher: Loaded, work: Work) -> Loaded:
+    """A teacher without the tokens that the run removed, if it had the run's tokens before; any other teacher as it is."""
+    keep = work.state.mask.kept.get("vocabulary")
+    axes = families.axes(teacher.model)
+    if keep is None or not any(axis.kind == "vocabulary" and axis.size == keep.numel() for axis in axes):
+        return teacher
+    smaller = smaller_tokenizer(teacher.tokenizer, keep)
+    if smaller.get_vocab() != work.tokenizer.get_vocab():
+        return teacher
+    cut(teacher.model, axes, Mask({"vocabulary": keep}))
+    return replace(teacher, tokenizer=smaller)

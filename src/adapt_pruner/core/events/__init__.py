@@ -9,8 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
-from pydantic_core import CoreSchema, core_schema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
 
 from adapt_pruner.core.events import words
@@ -104,20 +103,13 @@ def phase_of(name: str) -> Phase:
     return PHASES.get(name, Phase(name))
 
 
-class _Counted:
-    """A count is a whole number from 0 on; JSON may also have written it as 7.0."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        whole = core_schema.int_schema(strict=True, ge=0, lt=MOST)
-        written = core_schema.chain_schema(
-            [core_schema.float_schema(strict=True, ge=0, lt=MOST), core_schema.int_schema(strict=False)]
-        )
-        return core_schema.union_schema([whole, written], mode="left_to_right")
+def _whole(value: Any) -> Any:
+    """A whole number, which JSON may also have written as 7.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Count = Annotated[int, _Counted]
 Size = Annotated[int, Field(ge=0, lt=MOST)]
+Count = Annotated[Size, BeforeValidator(_whole)]
 Seconds = Annotated[float, Field(ge=0, lt=MOST)]
 
 

@@ -379,10 +379,8 @@ def in_pattern(pattern: Sequence[str], scores: Sequence[float], count: int) -> l
         scores: of each unit.
         count: units that stay.
     """
-    best: list[tuple[float, tuple[int, ...]] | None] = [
-        (0.0, ()),
-        *[None] * count,
-    ]  # for each number of units, of those seen so far
+    # for each number of units, of those seen so far
+    best: list[tuple[float, tuple[int, ...]] | None] = [(0.0, ()), *[None] * count]
     for unit, (kind, score) in enumerate(zip(pattern, scores, strict=True)):
         for place in range(min(unit + 1, count) - 1, -1, -1):
             before, now = best[place], best[place + 1]

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.modeling_pruned import _Nothing, _OwnConfig
 
 __all__ = ["cut", "first", "gated", "multiply", "num_left", "with_first", "write_sizes"]
 
@@ -165,39 +166,6 @@ def with_first(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
-class _Nothing(nn.Module):
-    """Replaces a removed attention (which has a layer number) or MLP: it adds nothing to the stream.
-
-    modeling_pruned.py has a class like it. A removed attention still writes one number per token to its layer of the cache,
-    because transformers asks a single layer for the number of tokens seen.
-    """
-
-    def __init__(self, layer_idx: int | None) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-
-    def forward(self, hidden_states: Tensor, **others: Any) -> Any:
-        nothing = torch.zeros_like(hidden_states)
-        if self.layer_idx is None:
-            return nothing
-        cache: Any = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
-        if hasattr(cache, "get_seq_length"):  # which the cache of continuous batching has not
-            cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
-        return nothing, None
-
-
-class _OwnConfig:
-    """The model's config with some fields of one layer, for modules that read them there; modeling_pruned.py has its like."""
-
-    def __init__(self, whole: Any, fields: Mapping[str, int]) -> None:
-        self.__dict__.update(fields, whole=whole)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "whole" or name.startswith("__"):  # asked while it is being copied
-            raise AttributeError(name)
-        return getattr(self.whole, name)
-
-
 @torch.no_grad()
 def cut(
     model: nn.Module,
@@ -261,7 +229,7 @@ def cut(
             _renumber(model, axis.indices, mask[axis.name])
         for name in axis.readers:
             fields = {field: int(mask.of(axis).sum()) * units for field, units in axis.fields}
-            setattr(model.get_submodule(name), "config", _OwnConfig(model.config, fields))  # noqa: B010 (its type is not a module's)
+            setattr(model.get_submodule(name), "config", _OwnConfig(model.config, **fields))  # noqa: B010 (its type is not a module's)
     if optimizer is not None:
         _forget(optimizer, _gone(model, axes, mask))
     for axis in shrinking.values():
@@ -437,7 +405,7 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
     config.per_layer_config = None
-    stayed = (mask.layers_left if depth else None) or list(range(depth.size if depth else 0))
+    stayed = mask.layers_left or list(range(depth.size if depth else 0))
     if depth is not None:
         for field, _ in depth.fields:
             setattr(config, field, len(stayed))

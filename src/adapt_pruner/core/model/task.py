@@ -27,13 +27,13 @@ class Task(Protocol):
     def entrance(self, model: Any) -> nn.Module:
         """The module whose output begins the residual stream; gradients with respect to activations start there."""
 
-    def read(self, model: Any, batch: Tensor, **asked: Any) -> Any:
+    def read(self, model: Any, batch: Tensor, **outputs: Any) -> Any:
         """Run everything below the predictions, decoder layers included, to a `last_hidden_state` [batch, length, width].
 
         Args:
             model: runs in the precision of the surrounding context.
             batch: on the model's device.
-            asked: further outputs, as keyword arguments of the model's forward.
+            outputs: further outputs, as keyword arguments of the model's forward.
         """
 
     def loss(self, model: Any, batch: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
@@ -69,9 +69,9 @@ class CausalLM:
         embedding: nn.Module = model.get_input_embeddings()
         return embedding
 
-    def read(self, model: Any, batch: Tensor, **asked: Any) -> Any:
+    def read(self, model: Any, batch: Tensor, **outputs: Any) -> Any:
         """Run the decoder, without a cache."""
-        return model.get_decoder()(input_ids=batch, use_cache=False, **asked)
+        return model.get_decoder()(input_ids=batch, use_cache=False, **outputs)
 
     def predicting(self, hidden: Tensor, batch: Tensor, predicted: Tensor | None) -> tuple[Tensor, Tensor]:
         """The hidden states that predict a token, and the tokens they predict.

@@ -8,6 +8,7 @@ The mask covers the linear layers inside decoder layers, fused ones included. Em
 Tensors here are [outputs, inputs], whichever way round the module stores its weight.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,11 +31,11 @@ __all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
     """The linear layers inside all decoder layers, or inside number `layer`: dotted name -> module, in the model's order."""
     inside = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
-    return {name: module for name, module in model.named_modules() if id(module) in inside and _is_linear(module)}
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if id(module) in inside and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    }
 
 
 def oriented(module: Any) -> Tensor:
@@ -124,7 +125,10 @@ class WeightMask:
 
     def unmasked(self, model: nn.Module) -> list[str]:
         """The layers in which a masked weight is not zero."""
-        return [name for name, keep in self.kept.items() if _not_zero(oriented(model.get_submodule(name)), keep)]
+        return [
+            name for name, keep in self.kept.items()
+            if bool((weight := oriented(model.get_submodule(name)))[~keep.to(weight.device)].any())
+        ]  # fmt: skip
 
     def broken(self, model: nn.Module) -> list[str]:
         """A sentence for each linear layer, masked or not, that does not hold the pattern; none if the mask has no pattern.
@@ -193,10 +197,6 @@ def holds(keep: Tensor, pattern: Pattern) -> bool:
     return keep.numel() - int(keep.sum()) == outputs * pattern.zeros_of(inputs)
 
 
-def _not_zero(weight: Tensor, keep: Tensor) -> bool:
-    return bool((weight[~keep.to(weight.device)] != 0).any())
-
-
 def count_nonzero(module: nn.Module) -> int:
     """Parameters of a module that are not zero; a shared one counts once. Those on the meta device count as zero."""
     return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters() if not parameter.is_meta)
@@ -221,9 +221,7 @@ def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: the bits are for another number of entries.
     """
-    entries = 1
-    for length in shape:
-        entries *= length
+    entries = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.numel() != -(-entries // 8):
         raise ValueError(f"{bits.numel()} bytes of {bits.dtype} are no mask of {entries} entries")
     places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)

@@ -52,10 +52,12 @@ def rendered(tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, add_gener
         template = tokenizer.get_chat_template()
     except ValueError as error:  # it has several, and none of them is the default
         raise ChatTemplateError(first_line(error)) from error
-    given = json.dumps([{key: value for key, value in message.items() if value is not None} for message in messages], default=str)
+    conversation = json.dumps(
+        [{key: value for key, value in message.items() if value is not None} for message in messages], default=str
+    )
     answer = _RENDERER.ask({
-        "template": template, "messages": given, "add_generation_prompt": add_generation_prompt,
-        "special_tokens": tokenizer.special_tokens_map, "seconds": _SECONDS, "characters": _CHARACTERS + len(given),
+        "template": template, "messages": conversation, "add_generation_prompt": add_generation_prompt,
+        "special_tokens": tokenizer.special_tokens_map, "seconds": _SECONDS, "characters": _CHARACTERS + len(conversation),
     })  # fmt: skip
     if "error" in answer:
         raise ChatTemplateError(answer["error"])

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 __all__ = ["CHOICE", "NEEDS", "part"]
 
 CHOICE = frozenset({
-    "axes", "metric", "head_metric", "chooser", "repair", "multiple_of", "equal_widths", "step", "debt", "sequential_scoring",
+    "axes", "metric", "distance", "head_metric", "chooser", "repair", "multiple_of", "equal_widths", "step", "debt", "sequential_scoring",
 })  # fmt: skip
 """Keys of a recipe that a reduction with the need `chosen` reads, unless it says which of them."""
 

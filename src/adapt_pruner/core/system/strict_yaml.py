@@ -92,21 +92,21 @@ _Strict.yaml_implicit_resolvers = {  # a date is a word, and so is 2:4, to YAML 
 }
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
     """The number of values below a node; an alias counts all its values each time. 0 marks a node that is being counted."""
-    if known.get(id(node)) == 0:
+    if counts.get(id(node)) == 0:
         raise _Refused(None, None, "a value contains itself; remove its alias", node.start_mark)
-    if id(node) not in known:
-        known[id(node)] = 0
+    if id(node) not in counts:
+        counts[id(node)] = 0
         inner = node.value if isinstance(node, yaml.SequenceNode) else ()
         if isinstance(node, yaml.MappingNode):
             inner = [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_count(part, known) for part in inner)
-    if known[id(node)] > _MOST_VALUES:
+        counts[id(node)] = 1 + sum(_count(part, counts) for part in inner)
+    if counts[id(node)] > _MOST_VALUES:
         raise _Refused(
             None, None, f"aliases expand to more than {_MOST_VALUES:,} values; write out what is needed", node.start_mark
         )
-    return known[id(node)]
+    return counts[id(node)]
 
 
 def value_of(text: str, name: str) -> Any:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adapt_pruner.core.events.words import span
-from adapt_pruner.core.system import world as heartbeat
 from adapt_pruner.errors import RunError, UsageError, first_line, of_all
 
 __all__ = [
@@ -39,7 +38,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `heartbeat` tells whether it is alive
+_PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `listening` tells whether it is alive
 _GATHERING = timedelta(minutes=10)  # by then all processes must have started
 _alone = threading.Event()  # set while this process works alone and the others wait for it
 
@@ -101,17 +100,17 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
 
     def tell(peer: int) -> None:
         lost(
-            f"process {peer} has sent nothing for {span(heartbeat.SILENCE)}: it was stopped, or its machine is gone; stop what "
+            f"process {peer} has sent nothing for {span(SILENCE)}: it was stopped, or its machine is gone; stop what "
             "is left of it and run the same command, which continues from the last checkpoint"
         )
 
     met = False
     try:
-        store, its_rank, number = next(dist.rendezvous("env://", timeout=_GATHERING))  # type: ignore[attr-defined]
+        store, mine, number = next(dist.rendezvous("env://", timeout=_GATHERING))  # type: ignore[attr-defined]
         beats = dist.PrefixStore("heartbeat", store.clone())  # type: ignore[attr-defined]
-        with heartbeat.listening(beats, rank=its_rank, size=number, lost=tell, busy=_alone.is_set):
+        with listening(beats, rank=mine, size=number, lost=tell, busy=_alone.is_set):
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            dist.init_process_group(backend, store=store, rank=its_rank, world_size=number, timeout=_PATIENCE)
+            dist.init_process_group(backend, store=store, rank=mine, world_size=number, timeout=_PATIENCE)
             met = True
             try:
                 yield

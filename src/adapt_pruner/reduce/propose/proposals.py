@@ -8,7 +8,7 @@ from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.kinds import kind_of
 from adapt_pruner.core.system.parts import part
 
-__all__ = ["Candidate", "Sizes", "Space", "evolution", "random"]
+__all__ = ["Candidate", "Sizes", "Space", "evolution", "mutation", "random"]
 
 _REACH = 4  # levels that an axis may be above or below its start
 _SWAPS = 3
@@ -83,6 +83,10 @@ class Space:
                 swapped[draw.choice(down)] -= self.level[kind]
         return swapped
 
+    def drawn(self, draw: chance.Random) -> Sizes:
+        """Sizes drawn at random: after so many swaps that nothing is left of `base` but the totals."""
+        return self.swapped(self.base, draw, 4 * len(self.base))
+
     def mended(self, sizes: Sizes, draw: chance.Random) -> Sizes:
         """Bring sizes back into the space: each to the nearest level, then each kind to as many units as `base` has."""
         mended = {name: min(self.levels(name), key=lambda size: (abs(size - sizes[name]), size)) for name in self.base}
@@ -107,7 +111,7 @@ def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random
     for index in range(number):
         parent = _drawn(population, draw)
         if index % 2 == 0 or len(population) < 2:
-            offspring.append(space.swapped(parent.sizes, draw, min(draw.randint(1, _SWAPS), draw.randint(1, _SWAPS))))
+            offspring.append(_mutated(parent, space, draw))
         else:
             other = _drawn(population, draw)
             crossed = {name: draw.choice((size, other.sizes[name])) for name, size in parent.sizes.items()}
@@ -116,9 +120,31 @@ def evolution(population: Sequence[Candidate], space: Space, draw: chance.Random
 
 
 @part("proposal")
+def mutation(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
+    """All are mutations of a candidate by one to three swaps, fewer being likelier; no two are alike (EvoPress).
+
+    The list is shorter if there are not so many mutations.
+    """
+    known = {tuple(candidate.sizes.values()) for candidate in population}
+    offspring: list[Sizes] = []
+    for _ in range(10 * number):
+        if len(offspring) == number:
+            break
+        mutated = _mutated(draw.choice(population), space, draw)
+        if (key := tuple(mutated.values())) not in known:
+            known.add(key)
+            offspring.append(mutated)
+    return offspring
+
+
+@part("proposal")
 def random(population: Sequence[Candidate], space: Space, draw: chance.Random, number: int) -> list[Sizes]:
     """All are drawn anew, up to as many swaps from the start as there are axes: the control that learns nothing."""
     return [space.swapped(space.base, draw, draw.randint(1, len(space.base))) for _ in range(number)]
+
+
+def _mutated(parent: Candidate, space: Space, draw: chance.Random) -> Sizes:
+    return space.swapped(parent.sizes, draw, min(draw.randint(1, _SWAPS), draw.randint(1, _SWAPS)))
 
 
 def _drawn(population: Sequence[Candidate], draw: chance.Random) -> Candidate:

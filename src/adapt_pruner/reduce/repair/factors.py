@@ -21,7 +21,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 
-__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks", "scale_block"]
+__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks", "scale_block", "scale_units"]
 
 DAMPING = 0.1
 """Share of the curvature's diagonal that is added to it; more if there are fewer pieces of text than factors."""
@@ -205,3 +205,16 @@ def scale_block(model: nn.Module, axes: Sequence[Axis], block: Axis, factor: flo
     ends = linear[0] if linear and linear[0].startswith(f"{last}.") else last
     for name, _ in list(model.get_submodule(ends).named_parameters(prefix=ends)):
         multiply(model, name, factor, 1.0 if any(name in axis.one_more for axis in axes) else 0.0)
+
+
+@torch.no_grad()
+def scale_units(model: nn.Module, axis: Axis, factors: Tensor) -> None:
+    """Multiply each unit of an axis inside a layer by its factor, in place: in the columns that read it at its gate.
+
+    Args:
+        model: its weights change.
+        axis: neurons or heads.
+        factors: float [entries].
+    """
+    weight = axis.gate.oriented(model.get_parameter(f"{axis.gate.module}.weight"))
+    weight.mul_(factors.repeat_interleave(axis.gate.width).to(weight))

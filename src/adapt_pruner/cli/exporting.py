@@ -1,0 +1,117 @@
+"""`adapt-pruner export`, `card` and `push`: a checkpoint for other tools, its model card, and the way to the Hugging Face hub."""
+
+import sys
+from inspect import unwrap
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapt_pruner.api import exporting
+from adapt_pruner.cli.options import Json, options_of, written_to
+from adapt_pruner.cli.tables import print_table
+from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.system.strict_json import to_json
+
+__all__ = ["card", "export", "push"]
+
+
+@options_of(exporting.export)
+def export(
+    *,
+    model: Annotated[
+        str, typer.Argument(metavar="DIR", help="The checkpoint to export: folder, .gguf file, hub id or packaged model.")
+    ],
+    output: Annotated[Path, written_to("New folder for the result; for gguf a new file FILE.gguf.")],
+    as_json: Json = False,
+    **options: Any,
+) -> None:
+    """Export a checkpoint for another tool.
+
+    `gguf` is for llama.cpp, Ollama and LM Studio; `padded` for any tool that knows the stock class; `uniform` the same, if all layers
+    are equal; `decilm` for vLLM, with unequal layers; `onnx` for ONNX Runtime.
+
+    Examples:
+
+        adapt-pruner export small --to gguf -o small.gguf --quant q8_0
+
+        adapt-pruner export small --to padded -o small-plain
+    """
+    notes: list[str] = []
+
+    def note(event: dict[str, Any]) -> None:
+        notes.extend([event["message"]] if event["event"] == "warning" else [])
+
+    unwrap(exporting.export)(model, output=output, progress=True, listen=note, **options)
+    size = sum(file.stat().st_size for file in output.rglob("*")) if output.is_dir() else output.stat().st_size
+    if as_json:
+        print(to_json({"path": str(output), "to": options["to"], "quant": options["quant"], "bytes": size, "notes": notes}))
+        return
+    trust = ["--trust-remote-code"] if options["trust_remote_code"] or any(output.glob("*.py")) else []
+    print(f"saved {output} ({size / 1e6:,.1f} MB); try: {typed('verify', model, output, *trust)}")
+
+
+def push(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Checkpoint that `shrink`, `prune` or `run` wrote, or a folder that `export` made of one."
+        ),
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="ORG/NAME on the hub; created if it does not exist.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository visible to you and your organisation only.")
+    ] = False,
+    branch: Annotated[str | None, typer.Option(help="Branch to send to; created if it does not exist. [default: main]")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be sent and send nothing; needs neither network nor login.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Send DIR with its model card to the Hugging Face hub, in one commit. GGUF files in DIR are sent with it.
+
+    Examples:
+
+        adapt-pruner push small me/smollm2-110m --dry-run
+
+        adapt-pruner push small me/smollm2-110m --private
+    """
+    from adapt_pruner.report import hub
+
+    packed = hub.plan_upload(folder, repo)
+    for note in packed.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    size = sum(packed.files.values())
+    summary = {"repo": repo, "branch": branch or "main", "private": private, "bytes": size, "files": packed.files}
+    if dry_run:
+        if as_json:
+            print(to_json({**summary, "notes": packed.notes, "sent": None}))
+            return
+        print_table(["file", "bytes"], [[name, f"{count:,}"] for name, count in packed.files.items()])
+        made = "a private repository" if private else "a public repository"
+        print(f"\nwould send {len(packed.files)} files, {size / 1e6:,.1f} MB, to {repo} on the hub, branch {branch or 'main'},")
+        print(f"and create {made} of that name if there is none{'; README.md would be written first' if packed.new_card else ''}")
+        return
+    sent = hub.push(packed, private=private, branch=branch)
+    print(to_json({**summary, "notes": packed.notes, "sent": sent}) if as_json else f"sent {len(packed.files)} files to {sent}")
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint that `shrink`, `prune` or `run` wrote.")],
+    show: Annotated[bool, typer.Option("--show", help="Print the card and write nothing.")] = False,
+) -> None:
+    """Write the model card of DIR (its README.md) again, from the JSON files in DIR.
+
+    `shrink`, `prune` and `run` write a first card by themselves.
+
+    Example:
+
+        adapt-pruner card small
+    """
+    from adapt_pruner.report.card import card_of, write_card
+
+    if show:
+        print(card_of(folder), end="")
+        return
+    write_card(folder)
+    print(f"wrote {folder / 'README.md'}")
