@@ -24,7 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 from adapt_pruner.cli.chat import chat
 from adapt_pruner.cli.comparing import bench, compare
 from adapt_pruner.cli.exporting import card, export, push
-from adapt_pruner.cli.listings import inspect, methods, recipes
+from adapt_pruner.cli.listings import inspect, methods, models, recipes
 from adapt_pruner.cli.measuring import evaluate, verify
 from adapt_pruner.cli.pruning import prune, run, shrink
 from adapt_pruner.cli.report import report
@@ -84,7 +84,7 @@ app = typer.Typer(
     "`adapt-pruner COMMAND --help` explains a command.",
 )
 for command in (
-    shrink, prune, run, watch, report, evaluate, compare, bench, export, verify, card, push, chat, inspect, methods, recipes,
+    shrink, prune, run, watch, report, evaluate, compare, bench, export, verify, card, push, chat, inspect, methods, models, recipes,
 ):  # fmt: skip
     app.command("eval" if command is evaluate else command.__name__, cls=_Command)(command)
 

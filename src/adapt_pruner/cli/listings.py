@@ -1,14 +1,16 @@
-"""`adapt-pruner inspect`, `methods` and `recipes`: what a model is made of, layer by layer, and what the package brings along."""
+"""`adapt-pruner inspect`, `methods`, `models` and `recipes`: what a model is made of, layer by layer, and what the package brings along."""
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
 from adapt_pruner.cli.options import Json, Model, TrustRemoteCode
 from adapt_pruner.cli.tables import print_table
 from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.errors import UsageError
 
-__all__ = ["inspect", "methods", "recipes"]
+__all__ = ["inspect", "methods", "models", "recipes"]
 
 
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
@@ -71,6 +73,36 @@ def methods(as_json: Json = False) -> None:
     for key, summaries in kinds.items():
         print()
         print_table([key, ""], [[name, line] for name, line in summaries.items()], left=2)
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Part of the name of a model type.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the model types that can be pruned, and what of each may shrink.
+
+    Examples:
+
+        adapt-pruner models
+
+        adapt-pruner models granite
+    """
+    from adapt_pruner import families
+
+    rows = {kind: row for kind, row in families.checked().items() if name is None or name.lower().replace("-", "_") in kind}
+    if not rows:
+        raise UsageError(
+            f"no model type in the table has {name!r} in its name; a model of another type is checked when you load it, see docs/models.md"
+        )
+    if as_json:
+        print(to_json(rows))
+        return
+    table = [[kind, ", ".join(row["axes"]), "yes" if row["unequal"] else "no"] for kind, row in rows.items()]
+    print_table(["type", "may shrink", "layers of unequal size"], table, left=3)
+    if len(rows) == 1:
+        for kind, row in rows.items():
+            print()
+            print_table([f"{kind}: what stays whole", ""], [[axis, why] for axis, why in row["stays"].items()], left=2)
 
 
 def recipes(as_json: Json = False) -> None:

@@ -15,12 +15,14 @@ A family file is found because it is in this folder; there is no list to add it 
 
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from adapt_pruner.core.model.axes import Axis
+from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.families import admission, convention
 from adapt_pruner.families.convention import is_sliced
@@ -28,6 +30,7 @@ from adapt_pruner.families.convention import is_sliced
 __all__ = [
     "all_families",
     "axes",
+    "checked",
     "family_of",
     "is_known",
     "is_sliced",
@@ -58,6 +61,12 @@ def is_known(config: Any) -> bool:
 def family_of(config: Any) -> ModuleType | None:
     """The family file that speaks for a transformers config; None if none does, so that the law has to admit its axes."""
     return next((family for family in all_families() if config.model_type in family.MODEL_TYPES), None)
+
+
+def checked() -> dict[str, dict[str, Any]]:
+    """Model type -> what benchmarks/models.py found: `axes` that may shrink, `stays`: axis -> why not, `unequal`: layers may differ."""
+    types: dict[str, dict[str, Any]] = read_json(Path(__file__).with_name("checked.json"))["types"]
+    return types
 
 
 def why_unknown(config: Any) -> str:

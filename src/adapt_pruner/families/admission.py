@@ -186,7 +186,8 @@ def _kept(name: str, tiny: Any) -> Verdict:
         kept = read_json(path)
         return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
     except (OSError, ValueError, KeyError, TypeError):
-        verdict = _tried(tiny)
+        with torch.device("cpu"):  # a caller may be at work on another device
+            verdict = _tried(tiny)
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({"type": tiny.model_type, "admitted": verdict.admitted, "refused": verdict.refused}))

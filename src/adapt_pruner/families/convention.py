@@ -369,8 +369,9 @@ def _eps(norm: nn.Module) -> str:
 def _adds_one(norm: Any) -> bool:
     """Whether norms of a class scale by 1 + w instead of w."""
     try:
-        made: Any = norm(4)
-        made.weight = nn.Parameter(torch.zeros(4))
-        return bool(made(torch.ones(1, 4)).any())
+        with torch.device("cpu"):  # a caller may be at work on the meta device
+            made: Any = norm(4)
+            made.weight = nn.Parameter(torch.zeros(4))
+            return bool(made(torch.ones(1, 4)).any())
     except (TypeError, AttributeError):
         return False
