@@ -238,6 +238,7 @@ class RunData:
         held_out_texts: the SPEC of each window's text.
         held_out_bytes: bytes of the text that these windows predict; None if the task counts none.
         teacher: the model to distil from; None if the objective has none.
+        has_goals: whether the dense model wrote some of the training text, which is then learnt from its likeliest tokens.
         tasks: tasks to score at the start and the end, on the main process alone.
     """
 
@@ -250,6 +251,7 @@ class RunData:
     held_out_texts: list[str] = field(default_factory=list)
     held_out_bytes: int | None = None
     teacher: Any = None
+    has_goals: bool = False
     tasks: list[Wanted] = field(default_factory=list)
 
 

@@ -200,6 +200,12 @@ class Training(_Frozen):
     max_rise: float = Field(
         2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"
     )
+    written: int = Field(
+        256,
+        ge=0,
+        le=10**6,
+        description="texts that the dense model writes for each source `self-chat` or `self`, at most, before the first cut",
+    )
     teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
     lora: Lora | None = Field(None, description="train LoRA adapters instead of the weights: {rank, alpha, dropout}")
     micro_batch_tokens: Count | None = Field(

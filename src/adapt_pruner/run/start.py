@@ -26,10 +26,10 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.data.fixed import Rows
+from adapt_pruner.data.fixed import Rows, Written
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.data.sources import SELF, Source, domains, written_spec
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
@@ -40,6 +40,7 @@ from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead, setup_here
+from adapt_pruner.run.conversations import specs_to_write, written_texts
 from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.run.plan import check_memory, free_bytes, too_large
@@ -294,7 +295,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     _check_machine(work)
     if write and not begun:
         check_memory(work, setup_here(work), free=free_bytes(work.model.device))
-    if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated):
+    if not work.task.writes_text and (_writes_text(recipe) or recipe.calibration.self_generated or specs_to_write(recipe)):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
@@ -305,16 +306,17 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         work.tell(ahead(work, setup_here(work), writes=() if begun else to_write(work)))
         work.begins("read")
     looks_at_text = work.reads_text
+    written = written_texts(work, begun=begun) if write and specs_to_write(recipe) else {}
     with work.state.clock("score") if _writes_text(recipe) else nullcontext():
-        calibration = _calibration(work, folder, begun=begun, write=write) if looks_at_text else lambda iteration: []
+        calibration = _calibration(work, folder, written, begun=begun, write=write) if looks_at_text else lambda iteration: []
     with work.state.clock("repair"):
-        own = [*_repair_text(work, folder, begun=begun), *_further_text(work)] if write else []
+        own = [*_repair_text(work, folder, begun=begun), *_further_text(work, written)] if write else []
     if write:
         work.begins("read")  # the model may have written in between
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
-    rows = _rows(work, moving=getattr(make_feed.func, "wants_losses", False))
+    rows = _rows(work, written, moving=getattr(make_feed.func, "wants_losses", False))
     feed: Feed | None = None if rows is None else make_feed(rows)
-    begins_with, by_text = calibration(0), _held_out(work)
+    begins_with, by_text = calibration(0), _held_out(work, written)
     held_out = [window for windows in by_text.values() for window in windows]
     batch_rows = recipe.training.batch_rows
     if world.is_main() and not begun:
@@ -335,6 +337,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         held_out_texts=[text for text, windows in by_text.items() for _ in windows],
         held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
         teacher=teacher_of(work, begun=begun),
+        has_goals=rows is not None and rows.has_goals,
         tasks=tasks,
     )
 
@@ -350,6 +353,7 @@ def to_write(work: Work) -> tuple[int, ...]:
     return (
         *((asked.samples,) if work.reads_text and _writes_text(recipe) else ()),
         *((asked.self_generated,) if asked.self_generated and recipe.repair is not None else ()),
+        *((recipe.training.written,) if specs_to_write(recipe) else ()),
     )
 
 
@@ -425,10 +429,10 @@ def _check_machine(work: Work) -> None:
             raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
 
 
-def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
+def _calibration(work: Work, folder: Path | None, written: Written, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
-    if _writes_text(recipe) and not write:
+    if not write and (_writes_text(recipe) or _unwritten(recipe.calibration.source, written)):
         return lambda iteration: []
     asked = recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"})
     if _writes_text(recipe) and folder is not None:
@@ -436,8 +440,24 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
         asked["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=asked["samples"], seed=recipe.seed, begun=begun))
     return work.task.calibration(
-        work.model, work.tokenizer, **asked, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
+        work.model,
+        work.tokenizer,
+        **asked,
+        **_with(written),
+        seed=recipe.seed,
+        dtype=recipe.dtype,
+        on_tokens=work.counts("write"),
     )
+
+
+def _with(written: Written) -> dict[str, Any]:
+    """What the model wrote, for a task that takes it; nothing if it wrote nothing."""
+    return {"written": written} if written else {}
+
+
+def _unwritten(source: Source, written: Written) -> bool:
+    """Whether the model has yet to write some of a text."""
+    return any(written_spec(spec) is not None and spec not in written for spec in domains(source))
 
 
 def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
@@ -455,14 +475,14 @@ def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor
     return batches_of(rows, max_tokens=MICRO_TOKENS)
 
 
-def _further_text(work: Work) -> list[Tensor]:
+def _further_text(work: Work, written: Written) -> list[Tensor]:
     """Further sequences of the calibration text, which only the repair reads. They are the same in every iteration."""
     asked = work.recipe.calibration
     if not asked.repair_samples or work.recipe.repair is None:
         return []
     feed = work.task.calibration(
         work.model, work.tokenizer, source=asked.source, samples=asked.repair_samples, length=asked.length, ids=None,
-        seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None,
+        seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None, **_with(written),
     )  # fmt: skip
     return feed(-1)  # no iteration has this number, so none draws the same sequences
 
@@ -499,16 +519,19 @@ def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, be
         raise RunError(f"{path} could not be written: {why(error)}; correct that and give the same command again") from error
 
 
-def _rows(work: Work, *, moving: bool) -> Rows | None:
-    """All rows of the training; with `moving` also those that are read only if the shares of a mixture change."""
+def _rows(work: Work, written: Written, *, moving: bool) -> Rows | None:
+    """All rows of the training; with `moving` also those that are read only if the shares of a mixture change.
+
+    None if the recipe trains nothing, or if the model has yet to write some of the text, for a plan.
+    """
     asked, source = work.recipe.training, work.recipe.training.source
-    if source is None:
+    if source is None or _unwritten(source, written):
         return None
 
     def read_rows() -> Rows:
         return work.task.rows(
             work.tokenizer, source, length=asked.length, tokens=asked.tokens, seed=work.recipe.seed, repeat=asked.repeat,
-            warn=work.warn, moving=moving, expected=work.expected,
+            warn=work.warn, moving=moving, expected=work.expected, **_with(written),
         )  # fmt: skip
 
     rows: list[Rows] = []
@@ -516,11 +539,13 @@ def _rows(work: Work, *, moving: bool) -> Rows | None:
     return rows[0] if rows else read_rows()
 
 
-def _held_out(work: Work) -> dict[str, list[Tensor]]:
+def _held_out(work: Work, written: Written) -> dict[str, list[Tensor]]:
     asked = work.recipe.evaluation
-    if asked.source is None:
+    if asked.source is None or _unwritten(asked.source, written):
         return {}
-    return work.task.held_out(work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows)
+    return work.task.held_out(
+        work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows, **_with(written)
+    )
 
 
 def tell_start(work: Work, *, training_tokens: int) -> None:

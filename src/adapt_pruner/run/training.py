@@ -22,7 +22,7 @@ from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
-from adapt_pruner.train.objectives import named_loss
+from adapt_pruner.train.objectives import kl_to_goal, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 from adapt_pruner.work import Work
 
@@ -183,14 +183,16 @@ class Trainer:
         assert feed is not None
         objective = parts.bind("objective", asked.objective, teacher=work.data.teacher, task=work.task)
         teacher = "the dense model" if asked.teacher is None else "the teacher"
-        if name := named_loss(objective.func, objective.keywords, teacher=teacher):
+        if name := named_loss(objective.func, objective.keywords, teacher=teacher, answers=work.data.has_goals):
             self._loss_is = {"loss_is": name}
+        task: Any = work.task
         how = TrainConfig(
             objective=around(objective),
             schedule=parts.bind("schedule", asked.schedule, **asked.model_dump()),
             lr=asked.lr, batch_rows=asked.batch_rows, micro_tokens=asked.micro_batch_tokens, clip=asked.clip,
             max_rise=asked.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task, seconds_left=seconds_left,
             expected=math.inf if seconds_left is None else world.agreed(self._expected(seconds_left())),
+            towards=(lambda goal: around(partial(kl_to_goal, goal=goal, task=task))) if work.data.has_goals else None,
         )  # fmt: skip
         with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)
