@@ -27,7 +27,7 @@ from adapt_pruner.compare.models import measured
 from adapt_pruner.compare.request import Request
 from adapt_pruner.compare.table import table
 from adapt_pruner.core.events import Listener
-from adapt_pruner.core.events.words import score
+from adapt_pruner.core.events.words import answered, score
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer, check_asked
 from adapt_pruner.export.proof import prove
@@ -55,6 +55,7 @@ class Evaluation:
         windows: number of windows read.
         seconds: time that reading them took.
         tokens_per_second: speed of a forward pass.
+        chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
     """
@@ -73,6 +74,7 @@ class Evaluation:
     windows: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
+    chat: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, float] | None = None
 
@@ -83,6 +85,8 @@ class Evaluation:
             lines.append(f"perplexity {self.perplexity:.2f}{bits}, over {self.tokens:,} tokens in {self.windows} windows")
         if self.tokens_per_second is not None:
             lines.append(f"reads {self.tokens_per_second:,.0f} tokens a second")
+        if self.chat is not None:
+            lines.append(answered(**self.chat, dense=None))
         for one in self.tasks:
             lines.append(f"{one['task']} {score(one['value'], one['stderr'], share=one['accuracy'])} ({one['metric']})")
         return "\n".join(lines)
@@ -160,6 +164,7 @@ def evaluate(
     text: Spec | None = None,
     window: int | None = None,
     max_windows: int | None = None,
+    chat: int | None = None,
     tasks: str | Sequence[str] | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
@@ -179,6 +184,7 @@ def evaluate(
         text: the text for perplexity.
         window: tokens per window; windows do not overlap. 512 by default.
         max_windows: the most windows to read; the whole text by default.
+        chat: number of our prompts to ask a chat model, at most 100; a rule checks each answer.
         tasks: commonsense, mmlu, or names that lm-eval knows (docs/evaluate.md).
         num_fewshot: examples before each item.
         limit: the most items of each task.
@@ -191,12 +197,13 @@ def evaluate(
         listen: called with every event.
 
     Raises:
-        UsageError: the model, text or task is not there, or neither text nor tasks is given.
+        UsageError: the model, text or task is not there, or nothing to measure is given.
         RunError: the model's files are damaged, or its loss is not a number.
     """
     how = Measures(
         text=None if text is None else as_spec("text", text), window=None if window is None else _whole("window", window, 2),
         max_windows=None if max_windows is None else _whole("max_windows", max_windows, 1),
+        chat=None if chat is None else _whole("chat", chat, 1),
         tasks=None if tasks is None else ",".join(as_words("tasks", tasks, _word)), num_fewshot=num_fewshot, limit=None if limit is None else _whole("limit", limit, 1),
         task_dir=None if task_dir is None else as_place("task_dir", task_dir),
         cache_dir=None if cache_dir is None else as_place("cache_dir", cache_dir), device=_word("device", device), dtype=check_precision(dtype),

@@ -23,6 +23,10 @@ def evaluate(
     ] = None,
     window: Annotated[int | None, typer.Option(help="Tokens per window; windows do not overlap. [default: 512]")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Most windows to read. [default: the whole text]", min=1)] = None,
+    chat: Annotated[
+        int | None,
+        typer.Option(help="Prompts of ours to ask chat models, at most 100; a rule checks each answer.", min=1, max=100),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +61,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
+    """Measure the perplexity of one or more MODELs on a text, their answers to prompts, or their scores on tasks.
 
     With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install '.[eval]'` in the clone. A task that
     was scored before is not scored again.
@@ -76,7 +80,7 @@ def evaluate(
 
     check_precision(dtype)
     how = Measures(
-        text=text, window=window, max_windows=max_windows, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_dir=task_dir,
+        text=text, window=window, max_windows=max_windows, chat=chat, tasks=tasks, num_fewshot=num_fewshot, limit=limit, task_dir=task_dir,
         cache_dir=cache_dir, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     how.check()
@@ -98,11 +102,16 @@ def evaluate(
         return
     if text is not None:
         _print(rows)
-    if scores:
+    if chat is not None:
         if text is not None:
             print()
+        _print_chat(rows)
+    if scores:
+        if text is not None or chat is not None:
+            print()
         _print_tasks(rows, scores, limit=limit, against=against is not None)
-    _print_starts(rows, what="windows" if scores == [] else "texts")
+    if text is not None or scores:
+        _print_starts(rows, what="windows" if scores == [] else "texts")
 
 
 def _add_retention(rows: list[dict[str, Any]], scores: "Sequence[Sequence[TaskScore]]") -> None:
@@ -145,6 +154,24 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(
         f"\nperplexity over {first['tokens']:,} tokens in {counted(first['windows'], 'window')}; weights on disk as safetensors"
     )
+
+
+def _print_chat(rows: list[dict[str, Any]]) -> None:
+    """How each model answers our prompts; from the second model on also how many of the first one's right answers it gives."""
+    from adapt_pruner.cli.tables import print_table
+
+    asked = max((row["chat"]["asked"] for row in rows if row["chat"]), default=0)
+    first = rows[0]["chat"]
+    lines = []
+    for row in rows:
+        chat = row["chat"]
+        if chat is None:
+            lines.append([row["model"], "no chat template", "", "", ""])
+            continue
+        both = f"{len(set(chat['right']) & set(first['right']))} of {len(first['right'])}" if first and row is not rows[0] else ""
+        lines.append([row["model"], f"{len(chat['right'])}", both, f"{chat['ended']}", f"{chat['looping']}"])
+    print_table(["model", f"right of {asked}", "of the first model's", "end", "loop"], lines)
+    print("\nright by a rule for each prompt (a word, a number of things); the likeliest token each time, at most 64 an answer")
 
 
 def _print_tasks(

@@ -107,7 +107,8 @@ def _say_what_there_is(out: Path, listen: Any) -> None:
 
 def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     from adapt_pruner.cli.tables import said_perplexities
-    from adapt_pruner.core.events.words import compact, measured_text, millions, span, typed
+    from adapt_pruner.core.events.run import chatted
+    from adapt_pruner.core.events.words import by_model, compact, measured_text, millions, span, typed
 
     model = out / "model"
     print(
@@ -116,9 +117,15 @@ def _tell(figures: dict[str, Any], out: Path, recipe: "Recipe") -> None:
     )
     if figures.get("perplexities"):
         print(f"perplexity on {measured_text(figures)}: {said_perplexities(figures)}")
+    if chats := chatted(figures)[1:]:
+        print(f"the small model {chats[-1].verdict}")
+        if chats[-1].is_poor:
+            print("that is poor for an assistant; more --minutes, or a larger --params, would help")
     print(f"saved {model}; its report is {out / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: {typed('chat', model)}")
-    if isinstance(recipe.evaluation.source, str):
-        print(f"     {typed('eval', recipe.model, model, '--text', recipe.evaluation.source)}")
+    source = recipe.evaluation.source
+    measures = ["--text", source] if isinstance(source, str) and by_model(source) is None else []
+    if measures := [*measures, *(["--chat", str(recipe.evaluation.chat)] if recipe.evaluation.chat else [])]:
+        print(f"     {typed('eval', recipe.model, model, *measures)}")
     print(f"     {typed('export', model, '--to', 'gguf', '-o', out / 'model.gguf')}")
     print(f"     {typed('run', out / 'recipe.yaml', '-o', 'ANOTHER_DIR')}")

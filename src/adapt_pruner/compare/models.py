@@ -1,4 +1,4 @@
-"""Several models measured alike, one after the other: perplexity and reading speed on a text, scores on tasks, or both."""
+"""Several models measured alike, one after the other: perplexity and speed on a text, answers to prompts, scores on tasks."""
 
 import itertools
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.chat import chat_answers
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
@@ -39,7 +40,8 @@ def measured(
 
     Returns:
         For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,
-        `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with tasks `tasks` and `average`.
+        `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with prompts
+        `chat`; with tasks `tasks` and `average`.
         And the scores of each model, none without tasks.
 
     Raises:
@@ -61,6 +63,8 @@ def measured(
             figures, ids = _on_text(loaded, how.text, how, listen)
             row |= figures
             held.append((loaded.model, ids))
+        if how.chat is not None:
+            row["chat"] = _on_prompts(loaded, how.chat, how)
         if wanted is not None:
             scored = _on_tasks(loaded, wanted, how, listen)
             scores.append(scored)
@@ -106,6 +110,14 @@ def _on_text(loaded: Loaded, text: str, how: Measures, listen: Listener) -> tupl
     return perplexity(
         loaded.model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=counting(listen, "evaluate")
     ).to_dict(), windows[0]
+
+
+def _on_prompts(loaded: Loaded, number: int, how: Measures) -> dict[str, Any] | None:
+    """How a model answers prompts of ours; None if it has no chat template, or one without a place for them."""
+    if not getattr(loaded.tokenizer, "chat_template", None):
+        return None
+    answers = chat_answers(loaded.model, loaded.tokenizer, number=number, dtype=how.dtype)
+    return None if answers is None else answers.to_dict()
 
 
 def _on_tasks(loaded: Loaded, wanted: list[Wanted], how: Measures, listen: Listener) -> Sequence[TaskScore]:

@@ -271,6 +271,12 @@ class Evaluation(_Frozen):
         None,
         description="prompts answered at the start and the end; null takes three built-in ones if the model has a chat template, [] none",
     )
+    chat: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="prompts of ours, whose answers a rule checks, that a chat model is asked at the start and the end",
+    )
 
 
 class Recipe(_Frozen):

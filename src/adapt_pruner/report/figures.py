@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import Evaluation, Event, Resumed, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Searched
+from adapt_pruner.core.events.run import Answered, Chatted, MasksLearnt, Mixed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
@@ -119,6 +119,7 @@ class Figures:
     after_cuts: list[Evaluation]
     tasks: list[Tasks]
     answers: list[Answered]
+    chats: list[Chatted]
     searched: list[Searched]
     masks_learnt: list[MasksLearnt]
     mixed: list[Mixed]
@@ -171,6 +172,7 @@ def figures_of(record: Record) -> Figures:
         after_cuts=after_cuts,
         tasks=tasks,
         answers=_by_stage(record.of(Answered)),
+        chats=_by_stage(record.of(Chatted)),
         searched=record.of(Searched),
         masks_learnt=record.of(MasksLearnt),
         mixed=record.of(Mixed),

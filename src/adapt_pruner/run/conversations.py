@@ -10,14 +10,14 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.system import world
 from adapt_pruner.data.conversations import of_part, written_batches
 from adapt_pruner.data.fixed import Written
-from adapt_pruner.data.sources import SELF, domains, written_spec
+from adapt_pruner.data.sources import SELF, SELF_CHAT, domains, written_spec
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
-__all__ = ["WRITING", "specs_to_write", "written_texts"]
+__all__ = ["WRITING", "held_out_chats", "specs_to_write", "written_texts"]
 
 WRITING = 1 / 6
 """Share of a run's minutes that the dense model may write, at most."""
@@ -47,7 +47,15 @@ def written_texts(work: Work, *, begun: bool) -> Written:
             batches: list[list[Store]] = []
             world.on_main(lambda base=base, batches=batches: batches.append(_batches(work, base, begun=begun)))  # type: ignore[misc]
             found[base] = batches[0] if batches else _batches(work, base, begun=begun)  # which the main process stored
-    return {spec: of_part(found[parts[0]], parts[1]) for spec in specs if (parts := written_spec(spec)) is not None}
+    held_out = [f"{base}#heldout" for base in found if any(spec == f"{base}#train" for spec in specs)]
+    wanted = dict.fromkeys([*specs, *held_out])
+    return {spec: of_part(found[parts[0]], parts[1]) for spec in wanted if (parts := written_spec(spec)) is not None}
+
+
+def held_out_chats(written: Written) -> Store | None:
+    """The conversations that nothing learns from; None if there are none."""
+    held_out = (store for spec, store in written.items() if spec.startswith(SELF_CHAT) and spec.endswith("#heldout"))
+    return next((store for store in held_out if len(store)), None)
 
 
 def _batches(work: Work, base: str, *, begun: bool) -> list[Store]:

@@ -40,7 +40,7 @@ from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
 from adapt_pruner.run.ahead import ahead, setup_here
-from adapt_pruner.run.conversations import specs_to_write, written_texts
+from adapt_pruner.run.conversations import held_out_chats, specs_to_write, written_texts
 from adapt_pruner.run.estimate import Setup, setup_of, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT
 from adapt_pruner.run.plan import check_memory, free_bytes, too_large
@@ -337,6 +337,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         held_out_texts=[text for text, windows in by_text.items() for _ in windows],
         held_out_bytes=work.task.num_bytes(work.tokenizer, held_out),
         teacher=teacher_of(work, begun=begun),
+        held_out_chats=held_out_chats(written),
         has_goals=rows is not None and rows.has_goals,
         tasks=tasks,
     )
