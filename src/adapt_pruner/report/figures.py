@@ -248,7 +248,7 @@ def _steps(told: Sequence[Event]) -> list[Trained]:
     ]
 
 
-_Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
+_Staged = TypeVar("_Staged", Evaluation, Tasks, Answered, Chatted)
 
 
 def _by_stage(told: Sequence[_Staged]) -> list[_Staged]:
