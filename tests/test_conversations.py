@@ -23,10 +23,14 @@ from adapt_pruner.recipe import read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import conversations as run_conversations
 from adapt_pruner.run.forecast import dry_run
+from adapt_pruner.run.start import begin
 from adapt_pruner.train.loop import TrainConfig, _Batch
 from adapt_pruner.train.objectives import distil, kl_to_goal, lm
 from conftest import VOCAB, assert_same_model, break_off, log_of, tiny_model
+from test_cli import ask
 from test_data_chat import CHATML, chat_tokenizer
+
+__all__ = ["ask"]  # a fixture
 
 SHORT = [Prompt(("Hi",)), Prompt(("One?",), "Count."), Prompt(("Two?", "And three?")), Prompt(("What is a noun?",))]
 
@@ -398,9 +402,9 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def chat_recipe(folder: Path, text: Path, **changes: Any) -> Any:
     mixture = {"self-chat#train": 1, str(text): 1}
-    training = {"source": mixture, "tokens": 3_000, "batch_tokens": 512, "length": 64, "lr": 1e-3, "written": 12}
+    training = {"source": mixture, "tokens": 1_800, "batch_tokens": 256, "length": 64, "lr": 1e-3, "written": 12}
     return read({
-        "model": str(folder), "budget": "90%", "method": "adaptive-ls-v1", "training": training, "checkpoint_minutes": 0,
+        "model": str(folder), "budget": "90%", "method": "adaptive-ls-v1", "step": 1.0, "amplitude": 1.0, "training": training, "checkpoint_minutes": 0,
         "calibration": {"source": mixture, "samples": 4, "length": 32, "self_generated": 0}, "evaluation": {"source": "self-chat#heldout", "prompts": []},
         "dtype": "float32", **changes,
     })  # fmt: skip
@@ -444,3 +448,82 @@ def test_time_for_writing_is_a_sixth(monkeypatch: pytest.MonkeyPatch, chat_folde
 def test_text_of_a_run_is_written_nowhere_else(chat_folder: Path) -> None:
     with pytest.raises(UsageError, match="'self-chat' is written by the model of a run, and there is none here"):
         list(conversations.read("self-chat"))
+
+
+def planned(work: Any, monkeypatch: pytest.MonkeyPatch, *, speed: float, **asked: Any) -> run_conversations.Writing:
+    monkeypatch.setattr(run_conversations, "_writing_speed", lambda work: speed)
+    return run_conversations.writing_planned(work, **{"text": None, "seconds": 300.0, "texts": None, **asked})
+
+
+def test_how_much_is_written_by_the_time_that_there_is(
+    chat_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sixth of the time; few are said to be few; the user's number counts; a base model writes plain text, and only without a text."""
+    work = begin(chat_recipe(chat_folder, text_file), lambda event: None)
+    few = planned(work, monkeypatch, speed=110.0)
+    assert (few.base, few.texts, round(few.seconds), few.chat) == ("self-chat", 27, 49, 30)
+    assert few.line.startswith(
+        "writing: the dense model first writes about 27 conversations to learn from, in about 49 s; that is few"
+    )
+    own = few.settings("a.txt#train", own=True)
+    assert own["training.source"] == own["calibration.source"] == {"self-chat#train": 1.0, "a.txt#train": 1.0}
+    assert "evaluation.source" not in own
+    bare = few.settings("", own=False)
+    assert (bare["training.source"], bare["evaluation.source"]) == ("self-chat#train", "self-chat#heldout")
+    assert bare["training.objective"] == "objectives.lm"
+    many = planned(work, monkeypatch, speed=110.0, seconds=3600.0)
+    assert (many.texts, many.chat) == (330, 100)
+    assert "few" not in many.line
+    slow = planned(work, monkeypatch, speed=20.0)
+    assert (slow.texts, slow.chat) == (0, 0)
+    assert "no time, since 10 texts would take" in slow.line
+    assert slow.settings("a.txt#train", own=True) == {}
+    off = planned(work, monkeypatch, speed=110.0, texts=0)
+    assert (off.texts, off.line) == (0, "")
+    assert planned(work, monkeypatch, speed=110.0, seconds=None).texts == 512
+    path = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Tell me more"}, {"role": "assistant", "content": "No."}]
+    path.write_text("".join(json.dumps({"messages": turns, "id": i}) + "\n" for i in range(40)), encoding="utf-8")
+    assert planned(work, monkeypatch, speed=110.0, text=str(path)).base == f"self-chat:{path}"
+    work.tokenizer.chat_template = None
+    assert planned(work, monkeypatch, speed=110.0).base == "self"
+    assert planned(work, monkeypatch, speed=110.0, text=str(text_file)).texts == 0
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_shrink_keeps_a_chat_model_one(
+    few: None, chat_folder: Path, text_file: Path, tmp_path: Path, ask: Any, own: bool
+) -> None:
+    """Half of what it reads is conversations, or all of it without a text; the same command goes on with it."""
+    out = tmp_path / "small"
+    words = ["shrink", chat_folder, "--params", "80%", "-o", out, "--tokens", "3k", *(["--text", text_file] if own else [])]
+    words += [
+        "--set",
+        "training.written=12",
+        "--set",
+        "evaluation.chat=3",
+        "--set",
+        "calibration.samples=4",
+        "--set",
+        "evaluation.prompts=[]",
+    ]
+    status, said, lines = ask(*words)
+    assert status == 0, lines
+    recipe = read(str(out / "recipe.yaml"))
+    assert recipe.training.source == ({"self-chat#train": 1.0, f"{text_file}#train": 1.0} if own else "self-chat#train")
+    assert recipe.evaluation.source == (f"{text_file}#heldout" if own else "self-chat#heldout")
+    assert "the dense model first writes about 12 conversations" in lines
+    assert "the small model answers" in said
+    status, again, lines = ask(*words)
+    assert status == 0, lines
+    assert "the small model answers" in again
+    assert "writes about" not in lines, "it is not planned anew"
+
+
+def test_conversations_are_turned_off(few: None, chat_folder: Path, text_file: Path, tmp_path: Path, ask: Any) -> None:
+    out = tmp_path / "small"
+    words = ["shrink", chat_folder, "--params", "80%", "-o", out, "--tokens", "4k", "--text", text_file, "--dry-run"]
+    status, said, lines = ask(*words, "--set", "training.written=0")
+    assert status == 0, lines
+    assert "self-chat" not in said
+    assert "writing:" not in lines

@@ -1,5 +1,6 @@
 """`adapt-pruner export`: a checkpoint in a form that another tool loads."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +23,9 @@ def export(
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="TYPE",
+            metavar="TYPES",
             help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … "
-            "[default: as stored]",
+            "Several with commas write a file each. [default: as stored]",
         ),
     ] = None,
     pad: Annotated[
@@ -45,14 +46,19 @@ def export(
 
     Examples:
 
-        adapt-pruner export small --to gguf -o small.gguf --quant q8_0
+        adapt-pruner export small --to gguf -o small.gguf --quant q8_0,q4_k_m
 
         adapt-pruner export small --to padded -o small-plain
     """
     from adapt_pruner.core.system.strict_json import to_json
     from adapt_pruner.export import check_form
 
-    check_form(to, quant=quant, pad=pad)
+    quants = [None] if quant is None else list(dict.fromkeys(quant.replace(" ", "").split(",")))
+    for name in quants:
+        check_form(to, quant=name, pad=pad)
+    if len(quants) > 1:
+        _export_each(model, out, to=to, quants=quants, pad=pad, trust_remote_code=trust_remote_code, as_json=as_json)
+        return
     from adapt_pruner.core.events.words import typed
     from adapt_pruner.report import with_card
     from adapt_pruner.report.screen import quiet_libraries, screen
@@ -66,3 +72,36 @@ def export(
         return
     trust = ["--trust-remote-code"] if trust_remote_code or any(out.glob("*.py")) else []
     print(f"saved {out} ({size / 1e6:,.1f} MB); try: {typed('verify', model, out, *trust)}")
+
+
+def _export_each(
+    model: str, out: Path, *, to: str, quants: Sequence[str | None], pad: int | None, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Write a file for each number format, and a table of their sizes and of how well each reads Python's language reference."""
+    from adapt_pruner.cli.tables import print_table
+    from adapt_pruner.core.system.strict_json import to_json
+    from adapt_pruner.errors import UsageError
+    from adapt_pruner.export import llama_cpp
+    from adapt_pruner.export.proof import bits_per_byte
+    from adapt_pruner.report import with_card
+    from adapt_pruner.report.screen import quiet_libraries, screen
+
+    quiet_libraries()
+    llama_cpp.library()  # fails before anything is written
+    files = {name: out.with_name(f"{out.stem}-{name}{out.suffix}") for name in quants if name}
+    if there := next((path for path in files.values() if path.exists()), None):
+        raise UsageError(f"{there} exists; name another file or remove it first")
+    with screen() as listen:
+        for name, path in files.items():
+            with_card.export(model, path, to=to, quant=name, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
+        bits = bits_per_byte(model, list(files.values()), trust_remote_code=trust_remote_code, listen=listen)
+    rows = [
+        {"path": str(path), "to": to, "quant": name, "bytes": path.stat().st_size, "bits_per_byte": bits[path]}
+        for name, path in files.items()
+    ]
+    if as_json:
+        print(to_json({"files": rows}))
+        return
+    lines = [[row["path"], f"{row['bytes'] / 1e6:,.1f} MB", f"{row['bits_per_byte']:.4f}"] for row in rows]
+    print_table(["file", "on disk", "bits/byte"], lines)
+    print("\nbits a byte of 8 windows of python-docs:heldout, read by llama.cpp from the file itself")

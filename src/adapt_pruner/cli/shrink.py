@@ -25,7 +25,7 @@ def shrink(
         typer.Option(
             metavar="SPEC",
             help="Your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. "
-            "[default: Python's language reference]",
+            "[default: what the model writes]",
         ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Minutes that the whole run may take.")] = None,

@@ -116,10 +116,13 @@ def calibration_windows(
     return torch.stack([_opened(start, ids) for ids in first])
 
 
-def joined_windows(tokenizer: Any, rows: Sequence[NDArray[np.int32]], *, samples: int, length: int, seed: int) -> Tensor:
+def joined_windows(
+    tokenizer: Any, rows: Sequence[NDArray[np.int32]], *, samples: int, length: int, seed: int, repeat: bool = False
+) -> Tensor:
     """`samples` windows of `length` tokens of rows that follow one another in random order; no two overlap.
 
-    Each begins with the tokenizer's `opening`, which counts towards its `length`.
+    Each begins with the tokenizer's `opening`, which counts towards its `length`. With `repeat` the rows come again if they are too
+    short.
 
     Returns:
         int64 [samples, length]; the same seed gives the same windows.
@@ -130,9 +133,9 @@ def joined_windows(tokenizer: Any, rows: Sequence[NDArray[np.int32]], *, samples
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     start = opening(tokenizer)
     inner, total = length - len(start), sum(map(len, rows))
-    if total < samples * inner:
+    if total < samples * inner and not repeat:
         raise _too_short(total // inner, samples, length)
-    together = np.concatenate([rows[index] for index in order])
+    together = np.resize(np.concatenate([rows[index] for index in order]), max(total, samples * inner))
     return torch.stack([_opened(start, together[at * inner : (at + 1) * inner]) for at in range(samples)])
 
 

@@ -70,7 +70,8 @@ def calibration_feed(
 def _windows_of(tokenizer: Any, spec: str, written: Written, *, samples: int, length: int) -> Callable[[int], Tensor]:
     """A function from a seed to windows of a text, int64 [samples, length]; conversations follow one another in random order."""
     encoded: dict[int, NDArray[np.int32]] = {}
-    if written_spec(spec) is not None:
+    by_model = written_spec(spec) is not None
+    if by_model:
         store = written_text(written, spec)
         rows = [store.ids[start:stop].astype(np.int32) for start, stop in itertools.pairwise(store.offsets)]
     else:
@@ -79,7 +80,7 @@ def _windows_of(tokenizer: Any, spec: str, written: Written, *, samples: int, le
             plain = [document.text for document in found]
             return lambda seed: calibration_windows(tokenizer, plain, samples=samples, length=length, seed=seed, encoded=encoded)
         rows = [np.array(ids, np.int32) for ids, _ in encode_chats(tokenizer, found)]
-    return lambda seed: joined_windows(tokenizer, rows, samples=samples, length=length, seed=seed)
+    return lambda seed: joined_windows(tokenizer, rows, samples=samples, length=length, seed=seed, repeat=by_model)
 
 
 def text_batches(tokenizer: Any, text: Source, *, samples: int, length: int, seed: int = 0) -> list[Tensor]:

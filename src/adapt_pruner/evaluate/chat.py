@@ -20,11 +20,12 @@ from adapt_pruner.data.store import Store, cache_folder
 from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.train.objectives import kl_to_goal
 
-__all__ = ["FEW", "MANY", "Answers", "chat_answers", "is_right", "kl_to_written", "loops"]
+__all__ = ["FEW", "LONGEST", "MANY", "Answers", "chat_answers", "is_right", "kl_to_written", "loops"]
 
 FEW, MANY = 30, 100
 """Prompts that a short run asks, and all that there are."""
-_LONGEST = 64  # tokens of an answer
+LONGEST = 64
+"""The most tokens of an answer."""
 _FORMAT = 1
 _LONGEST_LOOP, _TIMES, _LEAST = 24, 3, 8  # tokens of what repeats, how often it comes again, and tokens of all repeats together
 
@@ -82,7 +83,7 @@ def chat_answers(
     path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
     answers = _kept(path, len(prompts))
     if answers is None:
-        answers = continued(model, openings, most=_LONGEST, ends=[[end] for end in ends], temperature=0.0, seed=0, dtype=dtype)
+        answers = continued(model, openings, most=LONGEST, ends=[[end] for end in ends], temperature=0.0, seed=0, dtype=dtype)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, to_json({"answers": answers}))
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

@@ -1,26 +1,38 @@
-"""Let the dense model write the texts of a run that it is to learn from; they are kept in the cache."""
+"""What the dense model writes for a run to learn from: how much `shrink` plans, and the texts, which are kept in the cache."""
 
 import itertools
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.core.events.words import span
 from adapt_pruner.core.system import world
-from adapt_pruner.data.conversations import of_part, written_batches
+from adapt_pruner.data.conversations import BATCH, of_part, written_batches
 from adapt_pruner.data.fixed import Written
-from adapt_pruner.data.sources import SELF, SELF_CHAT, domains, written_spec
+from adapt_pruner.data.generation import continued
+from adapt_pruner.data.sources import SELF, SELF_CHAT, domains, parts_of, read, written_spec
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate.chat import FEW, LONGEST, MANY
 from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
-__all__ = ["WRITING", "held_out_chats", "specs_to_write", "written_texts"]
+__all__ = ["WRITING", "Writing", "held_out_chats", "specs_to_write", "writing_planned", "written_texts"]
 
 WRITING = 1 / 6
 """Share of a run's minutes that the dense model may write, at most."""
+_CONVERSATION = 200  # tokens written for each conversation that comes to its end; SmolLM2 ends about half within 128 tokens
+_LEAST, _MANY, _ENOUGH, _MOST = 10, 100, 512, 4096
+"""Texts below which none are planned, below which the plan says that they are few, of a run without a time limit, and at most."""
+_SHORT = 15 * 60.0  # seconds below which a run asks few prompts
+_FOR_ANSWERS = 1 / 5  # of the time, at most; else the prompts of ours are not asked
+_TIMED = 8  # tokens of each text that is timed
 
 
 def specs_to_write(recipe: Recipe) -> list[str]:
@@ -99,3 +111,98 @@ def _dense(work: Work) -> Any:
         )
     device = next(work.model.parameters()).device
     return load(work.recipe.model, device=device, trust_remote_code=work.trust_remote_code).model
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What the dense model writes in a run that `shrink` plans.
+
+    Attributes:
+        base: the SPEC, without a part.
+        texts: how many; 0 for none.
+        seconds: about how long that takes.
+        chat: number of our prompts that the model is asked at the start and the end; 0 for none.
+        answering: about how long that takes, in seconds.
+        why_not: why nothing is written, for people; empty if something is, or nobody expects it.
+    """
+
+    base: str
+    texts: int
+    seconds: float = 0.0
+    chat: int = 0
+    answering: float = 0.0
+    why_not: str = ""
+
+    @property
+    def line(self) -> str:
+        """What is planned, for people; empty for nothing."""
+        if not self.texts:
+            return f"writing: {self.why_not}" if self.why_not else ""
+        what = "sequences" if self.base == SELF else "conversations"
+        few = f"; that is few, so a longer run would be better (from {_MANY} on)" if self.texts < _MANY else ""
+        return (
+            f"writing: the dense model first writes about {self.texts:,} {what} to learn from, in about {span(self.seconds)}{few}"
+        )
+
+    def settings(self, source: str, *, own: bool) -> dict[str, Any]:
+        """Keys of the recipe.
+
+        Args:
+            source: the text to train and calibrate on.
+            own: whether the user named it; then half of what is read is the user's text.
+        """
+        found: dict[str, Any] = {"evaluation.chat": self.chat} if self.chat else {}
+        if not self.texts:
+            return found
+        train, held_out = parts_of(self.base)
+        both = {train: 1.0, source: 1.0} if own else train
+        return found | {
+            "training.written": self.texts, "training.source": both, "calibration.source": both,
+            **({} if own else {"evaluation.source": held_out, "training.objective": "objectives.lm"}),
+        }  # fmt: skip
+
+
+def writing_planned(work: Work, *, text: str | None, seconds: float | None, texts: int | None) -> Writing:
+    """What the dense model is to write of the text of a run that `shrink` plans, after timing how fast it writes.
+
+    A model with a chat template writes conversations, to the user's prompts if the text has conversations. Any other model writes
+    plain text, if the user named no text.
+
+    Args:
+        work: the run, with the dense model.
+        text: the user's text, or None.
+        seconds: that the run may take; None if it has no such limit.
+        texts: how many texts the user asks for; None for as many as are sensible.
+    """
+    chats = bool(getattr(work.tokenizer, "chat_template", None))
+    if not work.model.can_generate() or work.weight_mask is not None or not (chats or text is None):
+        return Writing(SELF, 0)
+    speed = _writing_speed(work)
+    base, each, least = (_base(text), _CONVERSATION, _LEAST) if chats else (SELF, work.recipe.training.length, _LEAST)
+    fitting = _ENOUGH if seconds is None else int(seconds * WRITING * speed / each)
+    number = min(_MOST, fitting) if texts is None else texts
+    why_not = (
+        "" if texts == 0 or number >= least or texts else f"no time, since {least} texts would take {span(least * each / speed)}"
+    )
+    number = 0 if why_not else number
+    asked = (FEW if seconds is not None and seconds < _SHORT else MANY) if chats else 0
+    answering = 2 * asked * LONGEST / speed
+    if seconds is not None and answering > _FOR_ANSWERS * seconds:
+        asked, answering = 0, 0.0
+    return Writing(base, number, number * each / speed, asked, answering, why_not)
+
+
+def _base(text: str | None) -> str:
+    """`self-chat`, to the user's prompts if the text has conversations."""
+    if text is None:
+        return SELF_CHAT
+    first = next(read(parts_of(text)[0]))
+    return f"{SELF_CHAT}:{text.partition('#')[0]}" if first.messages else SELF_CHAT
+
+
+def _writing_speed(work: Work) -> float:
+    """Tokens a second that the model writes, many texts at a time."""
+    ids = torch.randint(work.model.config.vocab_size, (BATCH, _TIMED), generator=torch.Generator().manual_seed(0)).tolist()
+    began = time.perf_counter()
+    continued(work.model, ids, most=_TIMED, ends=[], temperature=1.0, seed=0, dtype=work.recipe.dtype)
+    return BATCH * _TIMED / max(1e-6, time.perf_counter() - began)

@@ -11,11 +11,14 @@ from adapt_pruner.core.events import DEFAULT_TEXT, Listener, PlanLine, Progress
 from adapt_pruner.core.events.words import compact, typed
 from adapt_pruner.core.model.budget import parse_count
 from adapt_pruner.core.system import world
+from adapt_pruner.data.conversations import HELD_OUT
 from adapt_pruner.data.fixed import MOST_REPEATS
+from adapt_pruner.data.sources import domains, parts_of, written_spec
 from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of
+from adapt_pruner.run.conversations import writing_planned
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.rules import TRAINING_ROW, Asked, planned
@@ -23,6 +26,7 @@ from adapt_pruner.run.trackers import check_trackers
 
 __all__ = ["recipe_in_time"]
 
+_ENDLESS = 10**12  # tokens of a text that is never used up
 _ASKED = re.compile(r"shrink to (.+?)(?: in ([\d.e+]+) minutes)?")
 """An `about` as `_about` writes it."""
 
@@ -45,7 +49,7 @@ def recipe_in_time(
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
-        text: SPEC of the text to train and calibrate on; a part is held out. None for Python's language reference.
+        text: SPEC of the text to train and calibrate on; a part is held out. None for what the model writes itself.
         long: minutes that the run may take, or tokens to train on, as `run.rules.how_long` gives them.
         overrides: further keys, `KEY=VALUE`.
         started: `time.perf_counter()` when the minutes began.
@@ -77,16 +81,25 @@ def recipe_in_time(
     listen(Progress(phase="read", done=0, of=0).to_dict())
     parts = split_off_heldout(spec)
     machine, its, work = probed(plain, listen=listen, trust_remote_code=trust_remote_code)
-    tokens_of = parts.tokens(work.tokenizer, length=TRAINING_ROW)
+    tokens_of, own = parts.tokens(work.tokenizer, length=TRAINING_ROW), text is not None
+    seconds = None if minutes is None else 60 * minutes
+    asked_texts = plain.training.written if "training.written" in named else None
+    writing = writing_planned(work, text=text, seconds=seconds, texts=asked_texts)
+    if writing.texts and not own:  # what it writes is read as often as need be
+        train, held_out = parts_of(writing.base)
+        tokens_of = (_ENDLESS, writing.texts // HELD_OUT * TRAINING_ROW)
     del work
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
-    wanted = Asked(train, held_out, *tokens_of, text is not None, MOST_REPEATS, minutes, tokens, gone=spent)
+    writes = (writing.seconds + writing.answering) / 60
+    wanted = Asked(train, held_out, *tokens_of, own or bool(writing.texts), MOST_REPEATS, minutes, tokens, gone=spent + writes)
     plan = planned(machine, its, wanted)
-    for line in plan.lines:
+    for line in [*plan.lines, *([writing.line] if writing.line else [])]:
         listen(PlanLine(text=line).to_dict())
     if overrides:
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}").to_dict())
-    settings = dict(plan.settings)
+    settings = {**plan.settings, **writing.settings(train, own=own)}
+    if "minutes" in settings:  # of the run, in which the model writes
+        settings["minutes"] += writes
     if "step" in named:  # layers differ by amplitude / step
         settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
@@ -99,6 +112,12 @@ def _about(size: str, minutes: float | None, tokens: int | None) -> str:
     """What was asked for, in the recipe for people, and for the same request to be recognised by."""
     asked = size if "%" in size else f"{parse_count(size):,}"
     return f"shrink to {asked}" + (f" in {minutes:g} minutes" if tokens is None else f" by training on {tokens:,} tokens")
+
+
+def _text_of(recipe: Recipe) -> str:
+    """The text that the user named; empty if `shrink` took another."""
+    specs = domains(recipe.training.source or DEFAULT_TEXT)
+    return ", ".join(spec for spec in specs if written_spec(spec) is None and spec != DEFAULT_TEXT)
 
 
 def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, listen: Listener) -> Recipe | None:
@@ -119,7 +138,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, asked: str, li
             f"`{typed('run', out / 'recipe.yaml', '-o', out)}`"
         )
     others = {
-        "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
+        "MODEL": (recipe.model, plain.model), "--text": (_text_of(recipe), _text_of(plain)),
         "--params or --tokens": (before[1], now[1]), "--seed": (recipe.seed, plain.seed),
         "--dtype": (recipe.dtype, plain.dtype),
     }  # fmt: skip
