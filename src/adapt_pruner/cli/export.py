@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,7 +95,7 @@ def _export_each(
         for name, path in files.items():
             with_card.export(model, path, to=to, quant=name, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
         bits = bits_per_byte(model, list(files.values()), trust_remote_code=trust_remote_code, listen=listen)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"path": str(path), "to": to, "quant": name, "bytes": path.stat().st_size, "bits_per_byte": bits[path]}
         for name, path in files.items()
     ]
