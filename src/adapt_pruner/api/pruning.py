@@ -202,7 +202,7 @@ def shrink(
             A stopped run of a model in memory cannot go on, since its recipe names a copy that is gone; save the model first.
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
-        text: your text: it is trained and calibrated on, and a part is held out. What the model writes itself by default.
+        text: your text: it is trained and calibrated on, and a part is held out. By default the model writes it: conversations, or plain text.
         minutes: the time that it may take.
         hours: instead of `minutes`.
         tokens: instead of `minutes`: tokens to train on, such as "2M".

@@ -49,7 +49,7 @@ def recipe_in_time(
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
-        text: SPEC of the text to train and calibrate on; a part is held out. None for what the model writes itself.
+        text: SPEC of the text to train and calibrate on; a part is held out. None for text that the model writes.
         long: minutes that the run may take, or tokens to train on, as `run.rules.how_long` gives them.
         overrides: further keys, `KEY=VALUE`.
         started: `time.perf_counter()` when the minutes began.
