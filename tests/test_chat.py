@@ -170,3 +170,14 @@ def test_eval_asks_models_side_by_side(asked_run: Path, chat_folder: Path, ask: 
     status, out, err = ask("eval", str(chat_folder), "--chat", "3", "--dtype", "float32", "--json")
     assert json.loads(out)["chat"]["asked"] == 3
     assert ap.evaluate(str(chat_folder), chat=3, dtype="float32").chat == json.loads(out)["chat"]
+
+
+def test_a_comparison_asks_if_it_is_told_to(chat_folder: Path, text_file: Path, tmp_path: Path, ask: Any) -> None:
+    words = ["compare", chat_folder, "--methods", "magnitude-all", "--params", "90%", "--text", text_file, "-o", tmp_path / "out"]
+    words += ["--draws", 1, "--window", 64, "--max-windows", 2, "--dtype", "float32", "--set", "evaluation.chat=3", "--json"]
+    status, out, err = ask(*words)
+    assert status == 0, err
+    dense, row = json.loads(out)["rows"]
+    assert dense["answers"] is None
+    assert 0 <= row["answers"]["right"] <= row["answers"]["of"] <= 3
+    assert "right answers" in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
