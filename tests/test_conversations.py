@@ -13,7 +13,7 @@ from torch import Tensor
 from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.data import conversations, prompts
 from adapt_pruner.data.conversations import Template, of_part, written_batches
-from adapt_pruner.data.fixed import Span, training_rows
+from adapt_pruner.data.fixed import Fixed, Span, training_rows
 from adapt_pruner.data.generation import continued
 from adapt_pruner.data.prompts import Prompt, is_measured, measured_prompts, our_prompts
 from adapt_pruner.data.sources import written_spec
@@ -24,7 +24,7 @@ from adapt_pruner.report.with_card import run
 from adapt_pruner.run import conversations as run_conversations
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.start import begin
-from adapt_pruner.train.loop import TrainConfig, _Batch
+from adapt_pruner.train.loop import TrainConfig, TrainState, _Batch, steps
 from adapt_pruner.train.objectives import distil, kl_to_goal, lm
 from conftest import VOCAB, assert_same_model, break_off, log_of, tiny_model
 from test_cli import ask
@@ -124,6 +124,13 @@ def test_conversations_are_kept_as_they_were_drawn(texts: Any) -> None:
         elif ids[: len(header)] == header:  # drawn by the model, or ours
             text = tokenizer.decode(ids[:first])
             assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_answers_that_do_not_end_are_left_out(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "_ANSWER", 3)
+    found = rows(of_part(written(chatting(), chat_tokenizer(), tmp_path, texts=100, batches=3), ""))
+    assert 0 < len(found) < 3 * 8
+    assert all(ids[-1] == VOCAB + 1 for ids, _ in found)
 
 
 def test_a_second_turn_follows_the_first_answer(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,17 +334,13 @@ def test_each_row_is_learnt_by_its_own_objective(texts: Any, tmp_path: Path) -> 
     assert found == pytest.approx(want, rel=1e-4)
     assert all(part.ids.shape[1] <= 48 for part in batch.parts if part.goal is None)
     assert batch.num_predicted == sum(int(part.predicted[:, 1:].sum()) for part in batch.parts if part.predicted is not None)
+    first = next(steps(student, Fixed(whole), torch.optim.SGD(student.parameters(), lr=0.0), TrainState(), how, until=count))
+    assert first.loss == pytest.approx(want / batch.num_predicted, rel=1e-4)
+    how_long = 4 * len(store.ids)
     same = training_rows(
-        tokenizer,
-        "self-chat",
-        length=48,
-        tokens=4 * len(store.ids),
-        seed=0,
-        warn=pytest.fail,
-        cache=tmp_path,
-        written={"self-chat": store},
+        tokenizer, "self-chat", length=48, tokens=how_long, seed=0, warn=pytest.fail, cache=tmp_path, written={"self-chat": store}
     )
-    assert same.num_tokens(0, len(same)) >= 4 * len(store.ids), "conversations are read several times without a warning"
+    assert same.num_tokens(0, len(same)) >= how_long, "conversations are read several times without a warning"
 
 
 def test_self_written_text_is_learnt_from(tmp_path: Path) -> None:
@@ -427,6 +430,19 @@ def test_a_run_learns_from_conversations_and_goes_on_to_the_same_end(
     shutil.rmtree(tmp_path / "cache")
     run(recipe, tmp_path / "broken")
     assert_same_model(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_that_goes_on_reads_no_more_than_before(
+    few: None, chat_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time may have ended its writing; by now there would be time for more, and the cache may have more."""
+    monkeypatch.setenv("ADAPT_PRUNER_CACHE", str(tmp_path))
+    work = begin(chat_recipe(chat_folder, text_file), lambda event: None)
+    whole = run_conversations.written_texts(work, begun=False)
+    batches = work.state.figures["written"]["self-chat"]["batches"]
+    assert batches > 1
+    work.state.figures["written"]["self-chat"] |= {"batches": 1}
+    assert len(run_conversations.written_texts(work, begun=True)["self-chat#train"]) < len(whole["self-chat#train"])
 
 
 def test_a_dry_run_writes_nothing(chat_folder: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
