@@ -307,7 +307,10 @@ def test_a_model_in_memory_that_cannot_be_taken_is_refused() -> None:
 
 def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_file: Path, tmp_path: Path) -> None:
     for refused, said in (
-        (lambda: ap.evaluate(small), "nothing to measure; give text for perplexity, tasks for scores, or both"),
+        (
+            lambda: ap.evaluate(small),
+            "nothing to measure; give text for perplexity, chat for answers, tasks for scores, or several of them",
+        ),
         (lambda: ap.evaluate(small, text=[text_file]), "give one text, as str or Path"),
         (lambda: ap.evaluate(small, text=text_file, window="8"), "window '8' is a str; give a whole number of at least 2"),
         (lambda: ap.evaluate(small, text=text_file, window=1), "window 1 is too small"),
