@@ -122,7 +122,7 @@ def test_a_latency_above_one_is_a_speed(machine: list[Any], tiny_folder: Path, t
     """1.25 times as fast takes 0.8 of the time, and the run says what it took it for."""
     heard: list[dict[str, Any]] = []
     recipe = recipe_for(tiny_folder, text_file, latency="1.25x")
-    outcome = with_card.prune(recipe, tmp_path / "out", listen=heard.append)
+    outcome = with_card.prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
     assert outcome.figures["latency"]["asked"] == pytest.approx(0.8)
     assert outcome.figures["latency"]["predicted"] <= 0.8
     warnings = [event["message"] for event in heard if event["event"] == "warning"]

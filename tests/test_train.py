@@ -142,7 +142,7 @@ def test_stages_train_where_the_recipe_puts_tokens(tiny_folder: Path, text_file:
     }  # fmt: skip
     told: list[dict[str, Any]] = []
     assert [stage["tokens"] for stage in dry_run(read(asked))["stages"]] == [128, 0, 512]
-    with_card.run(read(asked), tmp_path / "run", listen=told.append)
+    with_card.run(read(asked), tmp_path / "run", listen=as_dicts(told.append))
     steps = [event["stage"] for event in told if event["event"] == "step"]
     assert steps == [1] * 2 + [3] * 8
     assert {event["stage"] for event in told if event["event"] == "cut"} == {1, 2, 3}
