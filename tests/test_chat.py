@@ -77,7 +77,10 @@ def test_a_model_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 < first.ended <= 5
     with monkeypatch.context() as patch:
         patch.setattr(chat, "continued", lambda *args, **how: pytest.fail("it has answered"))
-        assert chat_answers(model, tokenizer, number=5, cache=tmp_path) == first
+        again = chat_answers(model, tokenizer, number=5, cache=tmp_path)
+        assert again == first
+        assert again is not None
+        assert again.saved > first.saved == 0, "a deadline counts what the small model will take"
         with pytest.raises(pytest.fail.Exception):
             chat_answers(chatting(seed=1), tokenizer, number=5, cache=tmp_path)
     answers = [tokenizer(text + "<|im_end|>")["input_ids"] for text in ("Paris.", "Kyoto", "Rome " * 12, "5", "14")]

@@ -2,8 +2,9 @@
 
 import hashlib
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,18 @@ class Answers:
         right: the numbers of those that it answered rightly, from 0.
         ended: how many answers the model ended by itself, within 64 tokens.
         looping: how many repeat something again and again.
+        saved: seconds that were saved, since the answers came from the cache; 0 if they were written now.
     """
 
     asked: int
     right: tuple[int, ...]
     ended: int
     looping: int
+    saved: float = field(default=0.0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {**asdict(self), "right": list(self.right)}
+        """The figures as plain data."""
+        return {"asked": self.asked, "right": list(self.right), "ended": self.ended, "looping": self.looping}
 
 
 def chat_answers(
@@ -81,26 +84,29 @@ def chat_answers(
     made_from = [_FORMAT, whose or fingerprint(model, tokenizer), openings, ends, uses_bfloat16(device, dtype), str(device.type)]
     folder = (cache or cache_folder()) / "chat"
     path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
-    answers = _kept(path, len(prompts))
+    answers, saved = _kept(path, len(prompts))
     if answers is None:
+        began = time.perf_counter()
         answers = continued(model, openings, most=LONGEST, ends=[[end] for end in ends], temperature=0.0, seed=0, dtype=dtype)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, to_json({"answers": answers}))
+        write_whole(path, to_json({"answers": answers, "seconds": time.perf_counter() - began}))
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return Answers(
         len(prompts),
         tuple(at for at, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if is_right(prompt, text)),
         sum(bool(ids) and ids[-1] in ends for ids in answers),
         sum(map(loops, answers)),
+        saved,
     )
 
 
-def _kept(path: Path, number: int) -> list[list[int]] | None:
+def _kept(path: Path, number: int) -> tuple[list[list[int]] | None, float]:
+    """The answers in a file of the cache, None without them, and the seconds that they took."""
     try:
-        answers = read_json(path)["answers"]
-        return answers if len(answers) == number else None
+        kept = read_json(path)
+        return (kept["answers"], float(kept["seconds"])) if len(kept["answers"]) == number else (None, 0.0)
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return None, 0.0
 
 
 def is_right(prompt: Measured, text: str) -> bool:

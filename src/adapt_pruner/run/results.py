@@ -63,7 +63,7 @@ def measure_start(work: Work) -> None:
     measure_text(work, stage=0)
     cached = measure_tasks(work, stage=0)
     measure_answers(work, stage=0)
-    measure_chat(work, stage=0)
+    cached += measure_chat(work, stage=0)
     timing = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.budget_for`
     state.figures["measuring_seconds"] = timing + cached + state.spent["evaluate"]
 
@@ -189,14 +189,17 @@ def measure_answers(work: Work, *, stage: int) -> None:
     work.tell(Answered(stage=stage, answers=answers))
 
 
-def measure_chat(work: Work, *, stage: int) -> None:
+def measure_chat(work: Work, *, stage: int) -> float:
     """Ask the model the recipe's number of our prompts, and measure how far it is from the dense model on held-out conversations.
 
     A model without a chat template is not asked. One that cannot answer gives a warning and not an error.
+
+    Returns:
+        The seconds that answers from the cache once took.
     """
     number, figures = work.recipe.evaluation.chat, work.state.figures
     if not (number and getattr(work.tokenizer, "chat_template", None) and work.model.can_generate()):
-        return
+        return 0.0
 
     def answered() -> dict[str, Any] | str:
         try:
@@ -204,7 +207,11 @@ def measure_chat(work: Work, *, stage: int) -> None:
             kl = (
                 kl_to_written(work.model, work.data.held_out_chats, dtype=work.recipe.dtype) if work.data.held_out_chats else None
             )
-            return "the chat template has no place for a prompt" if answers is None else {**answers.to_dict(), "kl": kl}
+            return (
+                "the chat template has no place for a prompt"
+                if answers is None
+                else {**answers.to_dict(), "kl": kl, "saved": answers.saved}
+            )
         except (RunError, UsageError) as error:
             return str(error)
 
@@ -213,12 +220,14 @@ def measure_chat(work: Work, *, stage: int) -> None:
         found = world.on_main(answered)
     if isinstance(found, str):
         work.warn(f"the model was not asked our prompts: {found}")
-        return
+        return 0.0
+    saved = float(found.pop("saved"))
     known = figures.get("chat", [])
     dense = next((each["right"] for each in known if each["stage"] == 0), None)
     told = Chatted(stage=stage, dense=dense, **found)
     figures["chat"] = [*known, {"stage": stage, **found}]
     work.tell(told)
+    return saved
 
 
 def warn_of_pattern(work: Work) -> None:
