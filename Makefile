@@ -34,7 +34,7 @@ demo: $(READY)
 	$(BIN)/adapt-pruner shrink $(MODEL) --params 105M --minutes $(MINUTES) -o $(DEMO)
 	@echo
 	@echo "== beside the dense model, on text that neither was trained on here"
-	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/model --text python-docs:heldout --max-windows 8 --dtype auto
+	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/model --text python-docs:heldout --max-windows 8 --chat 30 --dtype auto
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

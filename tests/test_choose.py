@@ -384,6 +384,10 @@ def test_budgets() -> None:
     assert Budget.parse("113.3M", dense=134_515_008, decoder=106_202_880, outside=28_312_128).keep == 113_300_000
     for text, said in (
         ("2k", "above the 1,000"),
+        ("30%less", "'30%less' says what goes, and a budget is what stays; write 70%"),
+        ("30 % smaller", "write 70%"),
+        ("-12.5%", "write 87.5%"),
+        ("100% off", "write it like 70%"),
         ("0%", "not a share"),
         ("130%", "not a share"),
         ("many", "neither a count nor a share"),

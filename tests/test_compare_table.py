@@ -173,3 +173,16 @@ def test_without_vl_convert_there_is_a_warning_and_only_the_svg(tmp_path: Path, 
     assert len(warnings) == 1
     assert to_install("plot") in warnings[0]
     assert [path.name for path in tmp_path.iterdir()] == ["compare.svg"]
+
+
+def test_right_answers_stand_in_a_column_if_models_were_asked() -> None:
+    asked = {"asked": 5, "dense": [0, 1, 2]}
+    cells = [cell("good", 900, 3.0, chat={**asked, "right": right}) for right in ([0, 1, 4], [0, 1, 2], [3])]
+    cells += [cell("poor", 900, 4.0)]
+    rows = rows_of(cells, DENSE)
+    assert [row["answers"] for row in rows] == [None, {"right": 2, "of": 3}, None]
+    header, lines = table(rows)
+    assert {line[0]: line[header.index("right answers")] for line in lines if line[0]} | {"at most 900": ""} == {
+        "dense": "–", "good": "2 of 3", "poor": "–", "at most 900": "",
+    }  # fmt: skip
+    assert "right answers" not in table(rows_of([cell("poor", 900, 4.0)], DENSE))[0]

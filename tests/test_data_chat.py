@@ -199,3 +199,45 @@ def test_conversations_come_from_parquet_and_data_sets_too_and_read_as_text_else
     assert [document.messages for document in read(str(tmp_path / "c.parquet"))] == expected
     assert [document.messages for document in read(str(tmp_path / "saved"))] == expected
     assert documents(str(tmp_path / "c.parquet"))[1] == "Count.\n\nOne?\n\n1\n\nTwo?\n\n2 and more"
+
+
+SHARED = [
+    {"conversations": [{"from": "system", "value": "Count."}, {"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]},
+    {"conversations": [{"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"}]},
+]
+TASKS = [
+    {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+    {"instruction": "Greet.", "input": "", "output": "Hi"},
+    {"instruction": "Greet.", "output": "Hello", "system": "Be kind."},
+]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("rows", "messages"),
+    [
+        (SHARED, [said("One?", "1", system="Count."), said("Two?", "2")]),
+        (TASKS, [said("Add.\n\n1 and 2", "3"), said("Greet.", "Hi"), said("Greet.", "Hello", system="Be kind.")]),
+    ],
+)
+def test_files_of_sharegpt_and_alpaca_are_conversations(
+    rows: list[Any], messages: list[Any], ending: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"chats.{ending}"
+    if ending == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        same = [row for row in rows if not row.get("conversations") or "from" in row["conversations"][0]]
+        keys = dict.fromkeys(key for row in same for key in row)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{key: row.get(key) for key in keys} for row in same]), path)
+        messages = messages[:1] if rows is SHARED else messages
+    assert [list(document.messages) for document in read(str(path))] == messages
+
+
+def test_a_speaker_that_is_not_known_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"conversations": [{"from": "narrator", "value": "Once"}]}) + "\n", encoding="utf-8")
+    with pytest.raises(
+        UsageError, match="line 1, has turns in its field 'conversations' that are not from human, .*: 'narrator'"
+    ):
+        documents(str(path))

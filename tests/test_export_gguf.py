@@ -1,5 +1,7 @@
 """GGUF files compute in llama.cpp what the model computes in torch, and what llama.cpp cannot hold is refused."""
 
+import json
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+import adapt_pruner as ap
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded
+from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
-from adapt_pruner.export import export, gguf, gguf_tokenizer
+from adapt_pruner.export import export, gguf, gguf_tokenizer, verify
+from adapt_pruner.export.engines import torch_engine
 from adapt_pruner.export.loading import GGUF_TYPES, no_gguf
 from conftest import LAYOUTS, tiny_config, tiny_model
 from test_cli import call
@@ -296,3 +300,45 @@ def test_a_gemma_whose_pattern_is_another_is_said(tmp_path: Path) -> None:
     cut(model, families.axes(model), Mask({"layers": torch.tensor([False] + [True] * 6)}))
     (note,) = export(as_loaded(model), tmp_path / "cut.gguf", to="gguf")
     assert "full-attention layers of this model are not every sixth one" in note
+
+
+def test_ollama_finds_what_to_read_beside_the_file(tmp_path: Path) -> None:
+    """The file beside it, and each token that ends a turn."""
+    tokenizer, model = bpe(), unequal()
+    model.generation_config.eos_token_id = [2, 5]
+    export(as_loaded(model, tokenizer), tmp_path / "x.gguf", to="gguf")
+    first, second = (json.dumps(tokenizer.convert_ids_to_tokens(end)) for end in (2, 5))
+    assert (tmp_path / "x.Modelfile").read_text(encoding="utf-8").splitlines() == [
+        "# ollama create x -f x.Modelfile", "FROM ./x.gguf", f"PARAMETER stop {first}", f"PARAMETER stop {second}",
+    ]  # fmt: skip
+
+
+def test_a_file_for_each_number_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a table of bytes, and of the bits per byte that the engine reads from the file itself; here torch stands in for it."""
+    folder = tmp_path / "model"
+    save(unequal(), bpe(), folder, mask=Mask({}), dtype=torch.float32, pruning={"dense_params": 1, "figures": {}, "recipe": {}})
+    opened: list[Path] = []
+
+    @contextmanager
+    def in_torch(artefact: Path, **how: Any) -> Any:
+        opened.append(artefact)
+        loaded = load(str(folder))
+        yield torch_engine(loaded.model, loaded.tokenizer)
+
+    monkeypatch.setattr(verify, "opened", in_torch)
+    monkeypatch.setattr(gguf.llama_cpp, "library", lambda: None)
+    words = ["export", folder, "--to", "gguf", "-o", tmp_path / "x.gguf"]
+    status, out, err = call(monkeypatch, capsys, *words, "--quant", "f32,f16", "--json")
+    assert status == 0, err
+    files = json.loads(out)["files"]
+    assert [Path(row["path"]).name for row in files] == ["x-f32.gguf", "x-f16.gguf"]
+    assert [Path(row["path"]) for row in files] == opened
+    assert files[0]["bytes"] == (tmp_path / "x-f32.gguf").stat().st_size > files[1]["bytes"]
+    measured = ap.evaluate(str(folder), text="python-docs:heldout", window=256, max_windows=8, dtype="float32")
+    assert files[0]["bits_per_byte"] == pytest.approx(measured.bits_per_byte, rel=1e-4)
+    status, out, err = call(monkeypatch, capsys, *words, "--quant", "bf16,f16")
+    assert status == 2
+    assert "x-f16.gguf exists" in err
+    assert not (tmp_path / "x-bf16.gguf").exists(), "nothing is written if one of them cannot be"

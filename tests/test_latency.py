@@ -118,7 +118,18 @@ def test_out_of_reach_names_what_can_be_reached(machine: list[Any], tiny_folder:
     assert outcome.figures["latency"]["predicted"] <= parse_latency(reachable)
 
 
-@pytest.mark.parametrize("written", ["1.2x", "1x", "0x", "0.0x", "-0.5x", "fast", "0.7", "x", "70%", "nanx"])
+def test_a_latency_above_one_is_a_speed(machine: list[Any], tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """1.25 times as fast takes 0.8 of the time, and the run says what it took it for."""
+    heard: list[dict[str, Any]] = []
+    recipe = recipe_for(tiny_folder, text_file, latency="1.25x")
+    outcome = with_card.prune(recipe, tmp_path / "out", listen=as_dicts(heard.append))
+    assert outcome.figures["latency"]["asked"] == pytest.approx(0.8)
+    assert outcome.figures["latency"]["predicted"] <= 0.8
+    warnings = [event["message"] for event in heard if event["event"] == "warning"]
+    assert "latency 1.25x is taken as that many times as fast, which is 0.8x of the dense model's time" in warnings
+
+
+@pytest.mark.parametrize("written", ["1x", "0x", "0.0x", "-0.5x", "fast", "0.7", "x", "70%", "nanx"])
 def test_what_is_no_latency_is_refused(written: str) -> None:
     with pytest.raises(UsageError, match="not a share of the dense model's time; write it like 0.7x"):
         read({"model": "x", "latency": written})
@@ -156,7 +167,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--latency", "1.2x"], "'1.2x' is not a share"),
+        (["--latency", "1.0x"], "'1.0x' is not a share"),
         (["--latency", "0.7x", "--params", "80%"], "--params 80% and --latency 0.7x both say"),
         ([], "prune needs a size or a speed to reach; add --params 80% or --latency 0.7x"),
         (

@@ -17,7 +17,7 @@ from adapt_pruner.reduce.greedy_gates import GreedyGates
 from adapt_pruner.reduce.learnt_units import add_gradients
 from adapt_pruner.report.with_card import run
 from adapt_pruner.work import RunData, Stage, Work
-from conftest import LAYOUTS, assert_refused, assert_same_model, break_off, log_of, tiny_model
+from conftest import LAYOUTS, as_dicts, assert_refused, assert_same_model, break_off, log_of, tiny_model
 
 METHODS = ("grasprune", "ddp")
 
@@ -176,7 +176,7 @@ def test_a_killed_search_goes_on_bit_equal(method: str, tiny_folder: Path, text_
     run(recipe, tmp_path / "whole")
     break_off(recipe, tmp_path / "broken", kind="searched", nth=4)
     told: list[dict[str, Any]] = []
-    run(recipe, tmp_path / "broken", listen=told.append)
+    run(recipe, tmp_path / "broken", listen=as_dicts(told.append))
     assert next(event["done"] for event in told if event["event"] == "searched") > 2, "what was done is not done again"
     assert_same_model(tmp_path / "whole", tmp_path / "broken")
     assert [line["done"] for line in log_of(tmp_path / "broken", "searched")] == [2, 4, 6, 8, 10]

@@ -55,7 +55,7 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
     assert "saved small.gguf" in as_gguf
     assert "saved small-plain" in as_plain
     assert "it computes what the model computes" in verified
-    assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller", "small.gguf", "small-plain"}
+    assert {path.name for path in tmp_path.iterdir()} == {"small", "smaller", "small.gguf", "small.Modelfile", "small-plain"}
 
 
 def test_the_first_notebook_as_written(tmp_path: Path) -> None:
@@ -86,6 +86,11 @@ def test_the_first_notebook_as_written(tmp_path: Path) -> None:
     assert "".join(said("chat")).count("Paris") >= 2
     assert {"small", "small.gguf"} <= {path.name for path in tmp_path.iterdir()}
     assert said("keep")[-1].endswith("folder      small")
+
+
+def test_the_front_door_is_read_in_minutes() -> None:
+    words = re.sub(r"^```.*?^```", "", README, flags=re.DOTALL | re.MULTILINE).split()
+    assert len(words) <= 550
 
 
 def test_the_make_targets_in_the_readme_exist() -> None:

@@ -142,7 +142,7 @@ def test_stages_train_where_the_recipe_puts_tokens(tiny_folder: Path, text_file:
     }  # fmt: skip
     told: list[dict[str, Any]] = []
     assert [stage["tokens"] for stage in dry_run(read(asked))["stages"]] == [128, 0, 512]
-    with_card.run(read(asked), tmp_path / "run", listen=told.append)
+    with_card.run(read(asked), tmp_path / "run", listen=as_dicts(told.append))
     steps = [event["stage"] for event in told if event["event"] == "step"]
     assert steps == [1] * 2 + [3] * 8
     assert {event["stage"] for event in told if event["event"] == "cut"} == {1, 2, 3}
@@ -252,9 +252,10 @@ def test_every_row_is_learnt_from_once_in_as_many_passes_by_all(size: int, maske
         passes, learnt = [], []
         for rank in range(size):
             monkeypatch.setattr(world, "rank", lambda rank=rank: rank)
-            parts = _Batch(Span(text, 2, 2 + num_rows), device=torch.device("cpu"), micro_tokens=micro_tokens).parts
+            how = TrainConfig(objective=lm, schedule=lambda done: 1.0, lr=0.0, batch_rows=num_rows, micro_tokens=micro_tokens)
+            parts = _Batch(Span(text, 2, 2 + num_rows), how, device=torch.device("cpu")).parts
             passes.append(len(parts))
-            for rows, counts, _ in parts:
+            for rows, counts in ((part.ids, part.predicted) for part in parts):
                 assert 0 < rows.numel() <= max(4, micro_tokens)
                 learnt += rows[:, 1:].flatten().tolist() if counts is None else rows[:, 1:][counts[:, 1:]].tolist()
         assert len(set(passes)) == 1, (num_rows, micro_tokens)

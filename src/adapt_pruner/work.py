@@ -26,6 +26,7 @@ from adapt_pruner.core.model.feed import Feed
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import give_back
+from adapt_pruner.data.store import Store
 from adapt_pruner.data.task import TextTask
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.task_sources import Wanted
@@ -236,6 +237,8 @@ class RunData:
         held_out_texts: the SPEC of each window's text.
         held_out_bytes: bytes of the text that these windows predict; None if the task counts none.
         teacher: the model to distil from; None if the objective has none.
+        held_out_chats: conversations that the dense model wrote and nothing learns from; None if it wrote none.
+        has_goals: whether the dense model wrote some of the training text, which is then learnt from its likeliest tokens.
         tasks: tasks to score at the start and the end, on the main process alone.
     """
 
@@ -248,6 +251,8 @@ class RunData:
     held_out_texts: list[str] = field(default_factory=list)
     held_out_bytes: int | None = None
     teacher: Any = None
+    held_out_chats: Store | None = None
+    has_goals: bool = False
     tasks: list[Wanted] = field(default_factory=list)
 
 

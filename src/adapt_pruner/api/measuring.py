@@ -21,7 +21,7 @@ from adapt_pruner.api.arguments import (
     named,
     placed,
 )
-from adapt_pruner.core.events.words import score
+from adapt_pruner.core.events.words import answered, score
 from adapt_pruner.core.system.files import expanded
 
 __all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
@@ -30,6 +30,7 @@ Draws = Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1
 Files = Annotated[str | Path | Sequence[str | Path], Takes("one file or several, as str or Path", "FILE", list[Path])]
 Patterns = Annotated[str | Sequence[str], Takes('patterns such as ["50%", "2:4"]', "50%,2:4")]
 Prompt = Annotated[str, Takes("text")]
+Prompts = Annotated[int, Takes("a whole number from 1 to 100", None, int, least=1, most=100)]
 Seed = Annotated[int, Takes("a whole number from 0 to 2**63 - 1", None, int, least=0, most=2**63 - 1)]
 Sizes = Annotated[str | int | Sequence[str | int], Takes('sizes such as ["80%", "110M", 90_000_000]')]
 Specs = Annotated[str | Path | Sequence[str | Path], Takes("one text or several, as str or Path", "SPEC", list[str])]
@@ -64,6 +65,7 @@ class Evaluation:
         windows: number of windows read.
         seconds: time that reading them took.
         tokens_per_second: speed of a forward pass.
+        chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
     """
@@ -82,6 +84,7 @@ class Evaluation:
     windows: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
+    chat: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, float] | None = None
 
@@ -92,6 +95,8 @@ class Evaluation:
             lines.append(f"perplexity {self.perplexity:.2f}{bits}, over {self.tokens:,} tokens in {self.windows} windows")
         if self.tokens_per_second is not None:
             lines.append(f"reads {self.tokens_per_second:,.0f} tokens a second")
+        if self.chat is not None:
+            lines.append(answered(**self.chat, dense=None))
         for task in self.tasks:
             lines.append(f"{task['task']} {score(task['value'], task['stderr'], share=task['accuracy'])} ({task['metric']})")
         return "\n".join(lines)
@@ -170,6 +175,7 @@ def evaluate(
     text: Spec | None = None,
     window: Window | None = None,
     max_windows: Count | None = None,
+    chat: Prompts | None = None,
     tasks: Words | None = None,
     num_fewshot: Whole | None = None,
     limit: Count | None = None,
@@ -189,6 +195,7 @@ def evaluate(
         text: text to measure perplexity on: file, folder, glob, hub:NAME, python-docs:heldout.
         window: tokens per window; windows do not overlap. 512 by default.
         max_windows: most windows to read; the whole text by default.
+        chat: number of our prompts to ask a chat model, at most 100; a rule checks each answer.
         tasks: tasks to score: commonsense, mmlu, or names that lm-eval knows (docs/evaluate.md).
         num_fewshot: examples shown before each item; as the task says by default.
         limit: most items to score in each task; all by default.
@@ -201,13 +208,13 @@ def evaluate(
         listen: called with every event.
 
     Raises:
-        UsageError: the model, text or task is not there, or neither text nor tasks is given.
+        UsageError: the model, text or task is not there, or nothing to measure is given.
         RunError: the model's files are damaged, or its loss is not a number.
     """
     from adapt_pruner.compare.measures import Measures
 
     how = Measures(
-        text=None if text is None else str(text), window=window, max_windows=max_windows, tasks=",".join(_several(tasks)) or None,
+        text=None if text is None else str(text), window=window, max_windows=max_windows, chat=chat, tasks=",".join(_several(tasks)) or None,
         num_fewshot=num_fewshot, limit=limit, task_dir=None if task_dir is None else expanded(task_dir),
         cache_dir=None if cache_dir is None else expanded(cache_dir), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip

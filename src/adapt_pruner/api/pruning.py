@@ -367,7 +367,7 @@ def shrink(
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
         text: your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. By default
-            Python's language reference.
+            the model writes it: conversations, or plain text.
         minutes: minutes that the whole run may take.
         hours: instead of `minutes`: hours.
         tokens: instead of `minutes`: tokens to train on, such as "2M".

@@ -1,6 +1,7 @@
 """`adapt-pruner export`, `card` and `push`: a checkpoint for other tools, its model card, and the way to the Hugging Face hub."""
 
 import sys
+from collections.abc import Sequence
 from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from adapt_pruner.cli.options import Json, options_of, written_to
 from adapt_pruner.cli.tables import print_table
 from adapt_pruner.core.events.words import typed
 from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.errors import UsageError
 
 __all__ = ["card", "export", "push"]
 
@@ -23,6 +25,14 @@ def export(
         str, typer.Argument(metavar="DIR", help="The checkpoint to export: folder, .gguf file, hub id or packaged model.")
     ],
     output: Annotated[Path, written_to("New folder for the result; for gguf a new file FILE.gguf.")],
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPES",
+            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … "
+            "Several with commas write a file each. [default: as stored]",
+        ),
+    ] = None,
     as_json: Json = False,
     **options: Any,
 ) -> None:
@@ -33,7 +43,7 @@ def export(
 
     Examples:
 
-        adapt-pruner export small --to gguf -o small.gguf --quant q8_0
+        adapt-pruner export small --to gguf -o small.gguf --quant q8_0,q4_k_m
 
         adapt-pruner export small --to padded -o small-plain
     """
@@ -42,13 +52,50 @@ def export(
     def note(event: dict[str, Any]) -> None:
         notes.extend([event["message"]] if event["event"] == "warning" else [])
 
-    unwrap(exporting.export)(model, output=output, progress=True, listen=note, **options)
+    quants = [None] if quant is None else list(dict.fromkeys(quant.replace(" ", "").split(",")))
+    if len(quants) > 1:
+        _export_each(model, output, quants=quants, as_json=as_json, **options)
+        return
+    unwrap(exporting.export)(model, output=output, quant=quants[0], progress=True, listen=note, **options)
     size = sum(file.stat().st_size for file in output.rglob("*")) if output.is_dir() else output.stat().st_size
     if as_json:
-        print(to_json({"path": str(output), "to": options["to"], "quant": options["quant"], "bytes": size, "notes": notes}))
+        print(to_json({"path": str(output), "to": options["to"], "quant": quants[0], "bytes": size, "notes": notes}))
         return
     trust = ["--trust-remote-code"] if options["trust_remote_code"] or any(output.glob("*.py")) else []
     print(f"saved {output} ({size / 1e6:,.1f} MB); try: {typed('verify', model, output, *trust)}")
+
+
+def _export_each(
+    model: str, output: Path, *, to: str, quants: Sequence[str | None], pad: int | None, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Write a file for each number format, and a table of their sizes and of how well each reads Python's language reference."""
+    from adapt_pruner.export import check_form
+
+    for name in quants:
+        check_form(to, quant=name, pad=pad)
+    from adapt_pruner.export import llama_cpp
+    from adapt_pruner.export.verify import bits_per_byte
+    from adapt_pruner.report import with_card
+    from adapt_pruner.report.screen import screen
+
+    llama_cpp.library()  # fails before anything is written
+    files = {name: output.with_name(f"{output.stem}-{name}{output.suffix}") for name in quants if name}
+    if there := next((path for path in files.values() if path.exists()), None):
+        raise UsageError(f"{there} exists; name another file or remove it first")
+    with screen() as listen:
+        for name, path in files.items():
+            with_card.export(model, path, to=to, quant=name, pad=pad, trust_remote_code=trust_remote_code, listen=listen)
+        bits = bits_per_byte(model, list(files.values()), trust_remote_code=trust_remote_code, listen=listen)
+    rows: list[dict[str, Any]] = [
+        {"path": str(path), "to": to, "quant": name, "bytes": path.stat().st_size, "bits_per_byte": bits[path]}
+        for name, path in files.items()
+    ]
+    if as_json:
+        print(to_json({"files": rows}))
+        return
+    lines = [[row["path"], f"{row['bytes'] / 1e6:,.1f} MB", f"{row['bits_per_byte']:.4f}"] for row in rows]
+    print_table(["file", "on disk", "bits/byte"], lines)
+    print("\nbits a byte of 8 windows of python-docs:heldout, read by llama.cpp from the file itself")
 
 
 def push(

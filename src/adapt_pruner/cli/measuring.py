@@ -36,7 +36,7 @@ def evaluate(
     as_json: Json = False,
     **options: Any,
 ) -> None:
-    """Measure the perplexity of one or more MODELs on a text, their scores on tasks, or both.
+    """Measure the perplexity of one or more MODELs on a text, their answers to prompts, or their scores on tasks.
 
     With --text, the models' reading speeds are measured too, in turn. Tasks need `pip install '.[eval]'` in the clone. A task that
     was scored before is not scored again.
@@ -72,9 +72,14 @@ def evaluate(
         return
     if how.text is not None:
         _print_text(rows)
-    if scores:
+    if how.chat is not None:
         print(end="\n" if how.text is not None else "")
+        _print_chat(rows)
+    if scores:
+        print(end="\n" if how.text is not None or how.chat is not None else "")
         _print_tasks(rows, scores, limit=how.limit, against=against is not None)
+    if how.text is None and not scores:
+        return
     starts: dict[str, list[str]] = {}
     for row in rows:
         if row["windows_start_with"] is not None:
@@ -106,6 +111,22 @@ def _print_text(rows: Sequence[Mapping[str, Any]]) -> None:
             )
     seen = f"{rows[0]['tokens']:,} tokens in {words.counted(rows[0]['windows'], 'window')}"
     print(f"\nperplexity over {seen}; weights on disk as safetensors")
+
+
+def _print_chat(rows: Sequence[Mapping[str, Any]]) -> None:
+    """How each model answers our prompts; from the second model on also how many of the first one's right answers it gives."""
+    asked = max((row["chat"]["asked"] for row in rows if row["chat"]), default=0)
+    first = rows[0]["chat"]
+    lines = []
+    for row in rows:
+        chat = row["chat"]
+        if chat is None:
+            lines.append([row["model"], "no chat template", "", "", ""])
+            continue
+        both = f"{len(set(chat['right']) & set(first['right']))} of {len(first['right'])}" if first and row is not rows[0] else ""
+        lines.append([row["model"], f"{len(chat['right'])}", both, f"{chat['ended']}", f"{chat['looping']}"])
+    print_table(["model", f"right of {asked}", "of the first model's", "end", "loop"], lines)
+    print("\nright by a rule for each prompt (a word, a number of things); the likeliest token each time, at most 64 an answer")
 
 
 def _print_tasks(

@@ -15,7 +15,8 @@ import typer
 from adapt_pruner.api import pruning
 from adapt_pruner.cli.options import Json, options_of, written_to
 from adapt_pruner.cli.tables import print_table, said_perplexities
-from adapt_pruner.core.events.words import compact, counted, measured_text, millions, span, typed
+from adapt_pruner.core.events.run import chatted
+from adapt_pruner.core.events.words import by_model, compact, counted, measured_text, millions, span, typed
 from adapt_pruner.core.system.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -153,10 +154,16 @@ def shrink(
         print(to_json(figures | {"path": str(model)}))
         return
     _print_run(figures, f", trained on {compact(figures['trained_tokens'])} tokens,")
+    if chats := chatted(figures)[1:]:
+        print(f"the small model {chats[-1].verdict}")
+        if chats[-1].is_poor:
+            print("that is poor for an assistant; more --minutes, or a larger --params, would help")
     print(f"saved {model}; its report is {output / 'report.html'}, its card {model / 'README.md'}")
     print(f"try: {typed('chat', model)}")
-    if isinstance(recipe.evaluation.source, str):
-        print(f"     {typed('eval', recipe.model, model, '--text', recipe.evaluation.source)}")
+    source = recipe.evaluation.source
+    measures = ["--text", source] if isinstance(source, str) and by_model(source) is None else []
+    if measures := [*measures, *(["--chat", str(recipe.evaluation.chat)] if recipe.evaluation.chat else [])]:
+        print(f"     {typed('eval', recipe.model, model, *measures)}")
     print(f"     {typed('export', model, '--to', 'gguf', '-o', output / 'model.gguf')}")
     print(f"     {typed('run', output / 'recipe.yaml', '-o', 'ANOTHER_DIR')}")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
 from adapt_pruner.core.events.comparison import CellLine, InCell
+from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.core.system.processes import deferred, module
@@ -125,7 +126,8 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
 def measure_beside(
     dense: Loaded, path: Path, windows: Mapping[str, Sequence[Tensor]], *, dtype: str, size: int, listen: Listener
 ) -> dict[str, Any]:
-    """The figures of a checkpoint: those of `measure`, `speed_up` against the dense model, and what its pruning took.
+    """The figures of a checkpoint: those of `measure`, `speed_up` against the dense model, what its pruning took, and its answers to our
+    prompts if the recipe asks them (`evaluation.chat`).
 
     A model with another tokenizer, for example with fewer tokens, reads the same text in its own tokens. Its `nll` is still in
     nats per token of the dense model: nats per byte × bytes of such a token. So losses, perplexities and bits per byte all
@@ -157,7 +159,9 @@ def measure_beside(
     slow, fast = forward_speed([dense.model, pruned.model], next(iter(windows.values()))[0], dtype=dtype)
     made = read_json(path / "pruning.json")
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
-    return {**figures, **took, "speed_up": fast / slow, "made_by": made["made_by"]}
+    chats = chatted(made["figures"])
+    answers = {"chat": {"asked": chats[-1].asked, "right": chats[-1].right, "dense": chats[-1].dense}} if len(chats) > 1 else {}
+    return {**figures, **took, **answers, "speed_up": fast / slow, "made_by": made["made_by"]}
 
 
 def _bytes_a_token(loaded: Loaded, windows: Sequence[Tensor]) -> float:

@@ -20,6 +20,7 @@ class Measures:
         text: SPEC of the text for perplexity and speed; None measures neither.
         window: tokens in an evaluation window; None for `WINDOW`.
         max_windows: the most windows that are read; None for all.
+        chat: number of our prompts that the models are asked, whose answers a rule checks; None asks none.
         tasks: names of tasks, with commas; None scores none.
         num_fewshot: examples before each item; None for what the task says.
         limit: the most items of each task; None for all.
@@ -33,6 +34,7 @@ class Measures:
     text: str | None = None
     window: int | None = None
     max_windows: int | None = None
+    chat: int | None = None
     tasks: str | None = None
     num_fewshot: int | None = None
     limit: int | None = None
@@ -46,10 +48,12 @@ class Measures:
         """Refuse options without what they apply to.
 
         Raises:
-            UsageError: neither text nor tasks are given, an option applies to the one that is not, or there is no such number format.
+            UsageError: neither text, tasks nor chat are given, an option applies to the one that is not, or there is no such number format.
         """
-        if self.text is None and self.tasks is None:
-            raise UsageError("nothing to measure; give --text for perplexity, --tasks for scores, or both")
+        if self.text is None and self.tasks is None and self.chat is None:
+            raise UsageError(
+                "nothing to measure; give --text for perplexity, --chat for answers, --tasks for scores, or several of them"
+            )
         check_precision(self.dtype)
         for subject, options, what in (
             (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), "tasks; name them with --tasks"),

@@ -1,4 +1,4 @@
-"""Several models measured alike, one after the other: perplexity and reading speed on a text, scores on tasks, or both."""
+"""Several models measured alike, one after the other: perplexity and speed on a text, answers to prompts, scores on tasks."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.chat import chat_answers
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
@@ -37,7 +38,8 @@ def measured(
 
     Returns:
         For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,
-        `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with tasks `tasks` and `average`.
+        `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with prompts
+        `chat`; with tasks `tasks` and `average`.
         And the scores of each model, none without tasks.
 
     Raises:
@@ -76,6 +78,11 @@ def measured(
             on_window = counting(listen, "evaluate")
             row |= perplexity(model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=on_window).to_dict()
             held.append((model, windows[0]))
+        if how.chat is not None:
+            row["chat"] = None  # no chat template, or one without a place for a prompt
+            if getattr(tokenizer, "chat_template", None):
+                answers = chat_answers(model, tokenizer, number=how.chat, dtype=how.dtype)
+                row["chat"] = None if answers is None else answers.to_dict()
         if how.tasks is not None:
             scored = evaluate_tasks(
                 model, tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, trust_remote_code=how.trust_remote_code,

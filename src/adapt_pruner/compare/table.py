@@ -36,7 +36,8 @@ def rows_of(
         Plain data: `method`, `size` (None for dense), `sparsity` (None except for methods that make zeros), `params`, `nonzero`,
         `decoder_params`, `removed` (share of the decoder), `texts` (SPEC -> `perplexity`, `low`, `high`, `ratio` and, with
         `bytes_a_token`, `bits_per_byte`), `vocab_size`, `in_domain` (texts of the same kind as its calibration text), `seconds`,
-        `peak_bytes`, `speed_up`, `draws` (number of draws with figures), `failed` (number without), and `error` (the first reason
+        `peak_bytes`, `speed_up`, `answers` (with `evaluation.chat`: how many of the dense model's right answers it gives, `right` `of`),
+        `draws` (number of draws with figures), `failed` (number without), and `error` (the first reason
         or None). A figure that no draw has is None or empty.
     """
     groups: dict[tuple[int, str, str | None], list[Mapping[str, Any]]] = {}
@@ -87,9 +88,18 @@ def _row(
         "decoder_params": decoder,
         "removed": None if decoder is None else 1 - decoder / dense["decoder_params"], "texts": texts,
         "vocab_size": of("vocab_size", max), "seconds": of("seconds", statistics.median), "peak_bytes": of("peak_bytes", max),
-        "speed_up": of("speed_up", statistics.median), "draws": len(done), "failed": len(failed),
+        "speed_up": of("speed_up", statistics.median), "answers": _answers(done), "draws": len(done), "failed": len(failed),
         "error": failed[0] if failed else None,
     }  # fmt: skip
+
+
+def _answers(cells: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """How many of the dense model's right answers to our prompts a method's models give, the median; None if none was asked."""
+    chats = [cell["chat"] for cell in cells if cell.get("chat")]
+    if not chats:
+        return None
+    both = [len(set(chat["right"]) & set(chat["dense"])) for chat in chats]
+    return {"right": statistics.median(both), "of": len(chats[0]["dense"])}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -106,19 +116,20 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
             "× dense",
             *(["bits/byte"] if "bits_per_byte" in rows[0]["texts"][text] else []),
         ]
-    header += ["seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
+    asked = any(row.get("answers") for row in rows)
+    header += [*(["right answers"] if asked else []), "seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
     lines, size = [], (None, None)
     for row in rows:
         if (row["size"], row.get("sparsity")) != size:
             size = row["size"], row.get("sparsity")
             heading = f"{size[1]} zeros" if size[1] else f"at most {shown(size[0], 'params')}"
             lines += [[""] * len(header), [heading, *[""] * (len(header) - 1)]]
-        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros))
+        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros, asked=asked))
     return header, lines
 
 
 def _words(
-    row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool
+    row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool, asked: bool
 ) -> list[str]:
     name, same = str(row["method"]), row.get("in_domain") or []
     if same:  # figures on text like its calibration text
@@ -134,6 +145,9 @@ def _words(
         words.append(_times(figures["ratio"]) if compares else "–")
         if "bits_per_byte" in before:
             words.append(f"{figures['bits_per_byte']:.4f}" if figures else "–")
+    if asked:
+        answers = row.get("answers")
+        words.append(f"{answers['right']:g} of {answers['of']}" if answers else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30
     words += [_or_dash(row["seconds"], "{:,.1f}"), _or_dash(peak, "{:.1f} GiB"), _or_dash(row["speed_up"], "{:.2f}×")]
     if notes:

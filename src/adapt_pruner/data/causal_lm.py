@@ -29,9 +29,9 @@ class CausalLM(task.CausalLM):
         """Rows of packed text or of conversations; see `data.fixed.training_rows`."""
         return training_rows(tokenizer, source, **options)
 
-    def held_out(self, tokenizer: Any, *, source: Source, window: int, max_windows: int | None) -> dict[str, list[Tensor]]:
+    def held_out(self, tokenizer: Any, **options: Any) -> dict[str, list[Tensor]]:
         """Windows of text; see `data.windows.held_out_by_text`."""
-        return held_out_by_text(tokenizer, source=source, window=window, max_windows=max_windows)
+        return held_out_by_text(tokenizer, **options)
 
     def num_bytes(self, tokenizer: Any, batches: Sequence[Tensor]) -> int | None:
         """Bytes that the predicted tokens stand for; see `data.tokens.text_bytes`."""

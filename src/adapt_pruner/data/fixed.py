@@ -1,11 +1,13 @@
 """`feed: fixed`: rows of token ids in an order that is fixed before training and does not depend on the number of processes."""
 
 import bisect
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,16 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adapt_pruner.core.events import Event
+from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.packing import tokenised
-from adapt_pruner.data.sources import SELF, Source, domains
+from adapt_pruner.data.sources import Source, domains, written_nowhere, written_spec
 from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MOST_REPEATS", "Fixed", "Rows", "rows_of", "stage_spans", "training_rows"]
+__all__ = ["MOST_REPEATS", "Fixed", "Rows", "Written", "rows_of", "stage_spans", "training_rows", "written_text"]
 
 MOST_REPEATS = 10_000
 """Times that a training text may be read."""
+
+Written = Mapping[str, Store]
+"""SPEC of a text that the dense model writes, with its part -> what it wrote."""
 
 
 class Rows:
@@ -66,6 +72,36 @@ class Rows:
             batch[row, : len(ids)] = ids
             predicted[row, : len(ids)] = True if mask is None else mask
         return torch.from_numpy(batch), torch.from_numpy(predicted) if self._masked else None
+
+    def goals(self, start: int, stop: int) -> list[Goal | None]:
+        """For each of rows `start` to `stop` the goal of its predicted tokens; None where no model wrote the row."""
+        found: list[Goal | None] = []
+        for number in self._order[start:stop]:
+            which = self._store_of(number)
+            store, row = self._stores[which], number - self._first[which]
+            if store.kept is None:
+                found.append(None)
+                continue
+            first, last = self._predicted[which][store.offsets[[row, row + 1]]]
+            of_row = slice(int(first), int(last))
+            found.append(
+                Goal(
+                    torch.from_numpy(store.kept.tokens[of_row].astype(np.int64)),
+                    torch.from_numpy(store.kept.logs[of_row].astype(np.float32)),
+                )
+            )
+        return found
+
+    @property
+    def has_goals(self) -> bool:
+        """Whether any of the rows have goals."""
+        return any(store.kept is not None for store in self._stores)
+
+    @functools.cached_property
+    def _predicted(self) -> list[NDArray[np.int64]]:
+        """For each store the number of predicted tokens before each of its tokens."""
+        masks = [np.zeros(0, np.bool_) if store.mask is None else store.mask for store in self._stores]
+        return [np.concatenate([[0], np.cumsum(mask)]) for mask in masks]
 
     def num_tokens(self, start: int, stop: int) -> int:
         """Tokens of rows `start` to `stop`, without padding."""
@@ -132,6 +168,10 @@ class Span:
         """See `Rows`."""
         return self.rows.domains(self.first + start, self.first + stop)
 
+    def goals(self, start: int, stop: int) -> list[Goal | None]:
+        """See `Rows`."""
+        return self.rows.goals(self.first + start, self.first + stop)
+
 
 @part("feed")
 class Fixed:
@@ -194,6 +234,7 @@ def training_rows(
     expected: int | None = None,
     moving: bool = False,
     cache: Path | None = None,
+    written: Written = MappingProxyType({}),
 ) -> Rows:
     """Rows with `tokens` tokens in all, from a text or a mixture, tokenised once and kept on disk.
 
@@ -210,6 +251,8 @@ def training_rows(
         moving: whether the shares of a mixture may change. If so, each text also has rows beyond its share, for all `tokens` if
             it is long enough.
         cache: see `data.store.stored`.
+        written: the texts that the dense model wrote, by their SPECs. They are repeated as often as need be: what is learnt from them
+            is the dense model's distribution.
 
     Raises:
         UsageError: the text does not exist, is too short for one row, or is too short for all rows and may not be repeated.
@@ -218,14 +261,14 @@ def training_rows(
     stores, orders, places = [], [], []
     first = 0
     for number, (spec, share) in enumerate(domains(source).items()):
-        if spec == SELF:
-            raise UsageError(
-                "training.source 'self' would train the model on its own text; 'self' is for calibration only, name a text"
-            )
         wanted = max(1, round(tokens * share))
-        store = tokenised(tokenizer, spec, length=length, wanted=tokens if moving else wanted, cache=cache, warn=warn)
+        by_model = written_spec(spec)
+        if by_model is None:
+            store = tokenised(tokenizer, spec, length=length, wanted=tokens if moving else wanted, cache=cache, warn=warn)
+        else:
+            store = written_text(written, spec)
         found, least = len(store.ids), tokens if moving and not repeat else wanted
-        if found < least:
+        if found < least and by_model is None:
             may = "may be" if moving else "are"
             short = f"the training text {spec!r} has {found:,} tokens in rows of {length}, but {least:,} {may} asked for"
             if not repeat:
@@ -245,6 +288,22 @@ def training_rows(
         first += len(store.offsets) - 1
     order = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
     return Rows(stores, order, names=list(domains(source)))
+
+
+def written_text(written: Written, spec: str) -> Store:
+    """What the dense model wrote of a SPEC.
+
+    Raises:
+        UsageError: it wrote nothing.
+    """
+    if spec not in written:
+        raise written_nowhere(spec)
+    if not len(written[spec]):
+        raise UsageError(
+            f"the dense model has written nothing for {spec!r} that came to an end; raise training.written, give more minutes, or name "
+            "another text"
+        )
+    return written[spec]
 
 
 def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], *, tokens: int, seed: int) -> Rows:

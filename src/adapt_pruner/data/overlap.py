@@ -12,7 +12,7 @@ from torch import Tensor
 from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.data.copies import Passages
-from adapt_pruner.data.sources import SELF, Source, beginning, domains, parts_of, pieces
+from adapt_pruner.data.sources import Source, beginning, domains, parts_of, pieces, written_spec
 
 __all__ = ["Overlap", "of_kind", "overlaps", "same_kind", "same_tokens"]
 
@@ -62,7 +62,11 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
     Raises:
         UsageError: there is no such text.
     """
-    specs = {role: [spec for spec in domains(source) if spec != SELF] for role, source in sources.items() if source is not None}
+    specs = {
+        role: [spec for spec in domains(source) if written_spec(spec) is None]
+        for role, source in sources.items()
+        if source is not None
+    }
 
     def passages(spec: str) -> Iterator[tuple[str, str]]:
         return ((document.name, piece) for document in beginning(spec, _MAX_HUB_DOCUMENTS) for piece in pieces(document.text))
@@ -162,7 +166,7 @@ def of_kind(calibration: Iterable[str], text: str) -> bool:
 
 def _shared(spec: str, other: str) -> str | None:
     """What two SPECs have in common, in a few words."""
-    if SELF in (spec, other):
+    if any(written_spec(text) is not None for text in (spec, other)):
         return None
     spec, other = (re.sub("#(train|heldout)$", "", text) for text in (spec, other))
     kinds = [text.partition(":")[0] for text in (spec, other)]

@@ -35,7 +35,15 @@ _MOST_OF_ONE_TEXT = 2**32  # the most bytes of a file that is one document
 _UNPACKED, _UNFOLDS = 2**28, 100  # characters that any packed file may hold; a larger one may hold this many times its size
 _ROWS = 1024  # the most rows of a parquet file that are read at one time
 _TEXT, _CHAT = "text", "messages"
-_FORMS = f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}'
+_SHARED, _TASK, _GIVEN, _REPLY = "conversations", "instruction", "input", "output"  # of ShareGPT files, and of Alpaca files
+_SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant", "bing": "assistant", "assistant": "assistant",
+    "model": "assistant", "system": "system", "tool": "tool", "function": "tool",
+}  # fmt: skip
+_FORMS = (
+    f'{{"{_TEXT}": "…"}} or {{"{_CHAT}": [{{"role": "user", "content": "…"}}, …]}}, or as in files of ShareGPT ("{_SHARED}": "from", '
+    f'"value") or Alpaca ("{_TASK}", "{_GIVEN}", "{_REPLY}")'
+)
 
 
 def local(spec: str) -> Iterator[Row]:
@@ -114,6 +122,7 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
     content = row.get(field)
     if content is None and field == _TEXT:
         content = row.get(_CHAT)
+        content = _translated(row) if content is None else content
     if isinstance(content, str):
         return _utf8(content)
     if not isinstance(content, list) or not all(isinstance(message, Mapping) for message in content):
@@ -126,17 +135,40 @@ def _content(row: Any, field: str = _TEXT) -> str | list[Mapping[str, Any]] | No
     ] or None
 
 
+def _translated(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The messages of a row of a ShareGPT or an Alpaca file; None if it is neither."""
+    turns, task = row.get(_SHARED), row.get(_TASK)
+    if isinstance(turns, list) and turns and all(isinstance(turn, Mapping) for turn in turns):
+        return [
+            {"role": _SPEAKERS.get(turn.get("from")), "content": turn.get("value")} if "from" in turn else dict(turn)
+            for turn in turns
+        ]
+    if isinstance(task, str) and isinstance(row.get(_REPLY), str):
+        given = row.get(_GIVEN)
+        asked = f"{task}\n\n{given}" if isinstance(given, str) and given.strip() else task
+        system = row.get("system")
+        before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+        return [*before, {"role": "user", "content": asked}, {"role": "assistant", "content": row[_REPLY]}]
+    return None
+
+
 def _is_null(row: Mapping[str, Any], field: str = _TEXT) -> bool:
     """Whether a row has the field, or by default `messages` in its place, and null or [] in it; such a row is left out."""
-    fields = {field, _CHAT} if field == _TEXT else {field}
+    fields = {field, _CHAT, _SHARED} if field == _TEXT else {field}
     return bool(fields & row.keys()) and all(row.get(name) in (None, []) for name in fields)
 
 
 def _lack(row: Any) -> str:
     """Words for what keeps a row from being a text or a conversation."""
-    messages = row.get(_CHAT) if isinstance(row, Mapping) and row.get(_TEXT) is None else None
-    if messages == []:
-        return f"no messages in its field {_CHAT!r}"
+    chat = row if isinstance(row, Mapping) and row.get(_TEXT) is None else {}
+    if empty := next((field for field in (_CHAT, _SHARED) if chat.get(field) == []), None):
+        return f"no messages in its field {empty!r}"
+    if chat.get(_CHAT) is None and isinstance(turns := chat.get(_SHARED), list):
+        unknown = (turn.get("from") for turn in turns if isinstance(turn, Mapping) and turn.get("from") not in _SPEAKERS)
+        return f"turns in its field {_SHARED!r} that are not from {', '.join(_SPEAKERS)}" + "".join(
+            f": {name!r}" for name in [*unknown][:1]
+        )
+    messages = chat.get(_CHAT)
     for number, message in enumerate(messages if isinstance(messages, list) else [], start=1):
         for key in ("role", "content"):
             if not isinstance(message, Mapping) or not isinstance(message.get(key), str):
@@ -341,22 +373,24 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        column = next((name for name in (_TEXT, _CHAT) if name in file.schema_arrow.names), None)
+        there = set(file.schema_arrow.names)
+        column = next((name for name in (_TEXT, _CHAT, _SHARED, _TASK) if name in there), None)
         if column is None:
             raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that contains the text")
+        columns = [column] if column != _TASK else [name for name in (_TASK, _GIVEN, _REPLY, "system") if name in there]
         packed, remedy = path.stat().st_size, "write its rows to a .jsonl file"
-        chunks = _chunk_sizes(file.metadata, column)
+        chunks = [sum(sizes) for sizes in zip(*(_chunk_sizes(file.metadata, name) for name in columns), strict=True)]
         _check_unfolded(path, packed, sum(chunks), remedy=remedy)
         # A row may be as long as a chunk, and all rows of a batch may be equal, though the file holds the value only once.
         rows = max(1, min(_ROWS, _UNPACKED // max([*chunks, 1])))
         number = read = 0
-        for batch in file.iter_batches(batch_size=rows, columns=[column]):
+        for batch in file.iter_batches(batch_size=rows, columns=columns):
             read += batch.nbytes
             _check_unfolded(path, packed, read, remedy=remedy)
-            for value in batch.column(0).to_pylist():
+            for row in batch.to_pylist():
                 number += 1
-                content = _content({column: value})
-                if content is None and value not in (None, []):
+                content = _content(row)
+                if content is None and row[column] not in (None, []):
                     raise UsageError(f"{path}, row {number}, has no text in column {column!r}; a row is like {_FORMS}")
                 if content is not None:
                     yield f"{path} row {number}", content

@@ -8,8 +8,10 @@ saved/                        a folder written by `datasets.save_to_disk`; rows 
 hub:NAME[:config][:split][:field]   a data set by its name, streamed by the datasets library (split `train`, field `text`)
 python-docs[:train|:heldout]  Python's own language reference, which comes with Python
 self                          self-written text (see data.selfwritten; needs the model)
+self-chat[:SPEC]              conversations whose answers the dense model writes (see data.conversations; needs the model); to the
+                              prompts of the conversations of SPEC, or to ours and to prompts that it draws itself
 
-SPEC#train  SPEC#heldout      for any of these but `self`: the part to train on, or the held-out part, one document in 20
+SPEC#train  SPEC#heldout      for any of these: the part to train on, or the held-out part, one document in 20
 
 A text of fewer than 100 documents that are no conversations is split by pieces instead. Each document is cut at blank lines into
 pieces of about 4,000 characters, and one piece in ten is held out.
@@ -36,10 +38,10 @@ from adapt_pruner.data.copies import Passages
 from adapt_pruner.errors import UsageError
 
 __all__ = [
-    "SELF", "Document", "Source", "beginning", "documents", "domains", "identity", "parts_of", "pieces", "read", "texts",
+    "MAX_HUB_DOCUMENTS", "SELF", "SELF_CHAT", "Document", "Source", "beginning", "documents", "domains", "identity", "parts_of", "pieces", "read", "texts", "written_nowhere", "written_spec",
 ]  # fmt: skip
 
-SELF = "self"
+SELF, SELF_CHAT = "self", "self-chat"
 Source = str | Mapping[str, float]
 """A SPEC, or a mixture: SPEC -> its weight, positive; weights need not sum to 1."""
 
@@ -49,7 +51,7 @@ _FEW = 100  # with fewer documents, pieces are held out instead
 _PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece; one piece in this many is held out
 _COPIED = 0.5  # share of a text in the held-out part from which it counts as a near copy of that
 _FORMULA = 2  # a passage that comes more often in the held-out part is a formula of the text, and no copy
-_MAX_HUB_DOCUMENTS = 200_000
+MAX_HUB_DOCUMENTS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def texts(spec: str) -> Iterator[str]:
     Raises:
         UsageError: as `documents`, once the faulty place is reached.
     """
-    return (document.text for document in beginning(spec, _MAX_HUB_DOCUMENTS))
+    return (document.text for document in beginning(spec, MAX_HUB_DOCUMENTS))
 
 
 def beginning(spec: str, most: int) -> Iterator[Document]:
@@ -110,6 +112,10 @@ def read(spec: str) -> Iterator[Document]:
     Raises:
         UsageError: as `documents`, once the faulty place is reached.
     """
+    if written_spec(spec) is not None:
+        raise UsageError(
+            f"text {spec!r} is written by the model of a run, and there is none here; name a file, a folder or a data set"
+        )
     base, part = _split(spec)
     kind, _, rest = base.partition(":")
     if kind == "python-docs":  # has a split of its own, whose parts share no paragraph
@@ -158,6 +164,23 @@ def domains(source: Source) -> dict[str, float]:
         raise UsageError("'self' cannot be part of a mixture; name it alone, or leave it out")
     total = math.fsum(source.values())
     return {spec: weight / total for spec, weight in source.items()}
+
+
+def written_spec(spec: str) -> tuple[str, str] | None:
+    """The SPEC without its part, and the part, of text that the dense model writes; None for any other text."""
+    base, _, part = spec.partition("#") if spec.count("#") == 1 else (spec, "", "")
+    if base not in (SELF, SELF_CHAT) and not base.startswith(f"{SELF_CHAT}:"):
+        return None
+    if part not in ("", *_PARTS):
+        raise UsageError(f"text {spec!r} has no part {part!r}; known: {', '.join(_PARTS)}")
+    return base, part
+
+
+def written_nowhere(spec: str) -> UsageError:
+    """The error to raise if nothing can write such a text."""
+    return UsageError(
+        f"text {spec!r} is written by the model of a run, and there is none here; name a file, a folder or a data set"
+    )
 
 
 def parts_of(spec: str) -> tuple[str, str]:

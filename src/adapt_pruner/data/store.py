@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,23 @@ from adapt_pruner.core.system.files import cache_folder, folder_beside, named, r
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError
 
-__all__ = ["Chunk", "Store", "stored"]
+__all__ = ["Chunk", "Kept", "Store", "joined", "stored"]
 
 _FORMAT = 3  # of the rows too: a new rule for making rows needs a new number
-_FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin"}
+_FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin", "tokens": "kept-tokens.bin", "logs": "kept-logs.bin"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The likeliest tokens at each predicted token of some rows, by the model that wrote them.
+
+    Attributes:
+        tokens: ids [predicted tokens, k].
+        logs: float16, the same shape: log p of each.
+    """
+
+    tokens: NDArray[Any]
+    logs: NDArray[np.float16]
 
 
 @dataclass(frozen=True)
@@ -29,12 +43,14 @@ class Chunk:
         lengths: int64 [rows], tokens of each.
         mask: bool [tokens], which tokens are predicted; None for all.
         left_out: number of documents that gave no row.
+        kept: of each token of the mask; None if no model wrote the rows.
     """
 
     ids: NDArray[Any]
     lengths: NDArray[np.int64]
     mask: NDArray[np.bool_] | None = None
     left_out: int = 0
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Store:
         mask: bool [tokens], which tokens are predicted; None for all.
         digest: SHA-256 of all of these.
         left_out: number of documents that gave no row.
+        kept: of each token of the mask; None if no model wrote the rows.
     """
 
     ids: NDArray[Any]
@@ -54,6 +71,37 @@ class Store:
     mask: NDArray[np.bool_] | None
     digest: str
     left_out: int
+    kept: Kept | None = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.offsets) - 1
+
+
+def joined(stores: Sequence[Store], *, chosen: Callable[[int], bool] = lambda row: True) -> Store:
+    """The chosen rows of stores whose rows a model wrote, in one store in memory; rows are numbered through all stores."""
+    ids, lengths, masks, tokens, logs = [], [], [], [], []
+    number = 0
+    for store in stores:
+        if store.mask is None or store.kept is None:  # no conversation of this batch came to its end
+            continue
+        before = np.concatenate([[0], np.cumsum(store.mask)])
+        for row in range(len(store)):
+            span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
+            if chosen(number):
+                of_row = slice(int(before[span.start]), int(before[span.stop]))
+                ids.append(store.ids[span])
+                masks.append(store.mask[span])
+                lengths.append(span.stop - span.start)
+                tokens.append(store.kept.tokens[of_row])
+                logs.append(store.kept.logs[of_row])
+            number += 1
+    digest = hashlib.sha256("".join(store.digest for store in stores).encode())
+    digest.update(np.array(lengths, "<i8").tobytes())
+    if not ids:
+        return Store(np.zeros(0, "<u4"), np.zeros(1, np.int64), None, digest.hexdigest(), 0)
+    kept = Kept(np.concatenate(tokens), np.concatenate(logs))
+    return Store(np.concatenate(ids), np.cumsum([0, *lengths]), np.concatenate(masks), digest.hexdigest(), 0, kept)
 
 
 def stored(
@@ -100,21 +148,26 @@ def stored(
 
 def _write(folder: Path, chunks: Iterable[Chunk], inputs: Mapping[str, Any], dtype: str) -> None:
     """Write the rows and their index into `folder`, one chunk at a time."""
-    total = left_out = 0
-    masked = False
+    total = left_out = width = 0
+    written = {"ids", "offsets"}
     paths = {name: folder / file for name, file in _FILES.items()}
-    with paths["ids"].open("wb") as ids, paths["offsets"].open("wb") as offsets, paths["mask"].open("wb") as mask:
-        offsets.write(np.zeros(1, "<i8").tobytes())
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(path.open("wb")) for name, path in paths.items()}
+        files["offsets"].write(np.zeros(1, "<i8").tobytes())
         for chunk in chunks:
-            ids.write(chunk.ids.astype(dtype).tobytes())
-            offsets.write((total + chunk.lengths.cumsum()).astype("<i8").tobytes())
+            arrays = {"ids": chunk.ids.astype(dtype), "offsets": (total + chunk.lengths.cumsum()).astype("<i8")}
             if chunk.mask is not None:
-                masked = True
-                mask.write(chunk.mask.astype(np.bool_).tobytes())
+                arrays["mask"] = chunk.mask.astype(np.bool_)
+            if chunk.kept is not None:
+                arrays |= {"tokens": chunk.kept.tokens.astype(dtype), "logs": chunk.kept.logs.astype("<f2")}
+                width = chunk.kept.tokens.shape[1]
+            for name, array in arrays.items():
+                files[name].write(array.tobytes())
+            written |= arrays.keys()
             total += int(chunk.lengths.sum())
             left_out += chunk.left_out
-    if not masked:
-        paths.pop("mask").unlink()
+    for name in _FILES.keys() - written:
+        paths.pop(name).unlink()
     digest = hashlib.sha256()
     for path in paths.values():
         with path.open("rb") as file:
@@ -124,6 +177,7 @@ def _write(folder: Path, chunks: Iterable[Chunk], inputs: Mapping[str, Any], dty
         "bytes": {path.name: path.stat().st_size for path in paths.values()},
         "tokens": total,
         "left_out": left_out,
+        "kept": width,
         "digest": digest.hexdigest(),
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -140,12 +194,15 @@ def _opened(folder: Path) -> tuple[Store | None, str]:
             if found != size:
                 return None, f"{name} has {found:,} of {size:,} bytes"
         arrays = {}
-        for name, dtype in (("ids", index["made_from"]["dtype"]), ("offsets", "<i8"), ("mask", "?")):
+        of_ids = index["made_from"]["dtype"]
+        for name, dtype in {"ids": of_ids, "offsets": "<i8", "mask": "?", "tokens": of_ids, "logs": "<f2"}.items():
             if size := index["bytes"].get(_FILES[name]):
                 arrays[name] = np.asarray(np.memmap(folder / _FILES[name], dtype=dtype, mode="r"))
             elif size == 0:  # an empty file cannot be mapped
                 arrays[name] = np.zeros(0, dtype)
-        return Store(arrays["ids"], arrays["offsets"], arrays.get("mask"), index["digest"], index["left_out"]), ""
+        width = index.get("kept")  # stores of earlier versions have no such figure
+        kept = Kept(*(arrays[name].reshape(-1, width) for name in ("tokens", "logs"))) if width else None
+        return Store(arrays["ids"], arrays["offsets"], arrays.get("mask"), index["digest"], index["left_out"], kept), ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, str(error)
 

@@ -15,6 +15,9 @@ __all__ = ["TextTask"]
 class TextTask(Task, Protocol):
     """What a model learns: a class with `@part("task")`, one per file of `data/`. A recipe names it by its file.
 
+    A recipe may name texts that the model writes before the run. Then `calibration`, `rows` and `held_out` get them as `written`, SPEC ->
+    `data.store.Store`; a task that takes no such texts has no argument of that name.
+
     A batch is a tensor whose first dimension counts samples. Only the task knows what its numbers mean.
 
     Attributes:

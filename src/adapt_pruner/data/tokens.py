@@ -24,6 +24,7 @@ __all__ = [
     "digest_of",
     "evaluation_windows",
     "in_other_tokens",
+    "joined_windows",
     "opening",
     "text_bytes",
 ]
@@ -111,11 +112,38 @@ def calibration_windows(
         joined = np.concatenate(short)
         first += [joined[at : at + inner] for at in range(0, len(joined) - inner + 1, inner)][: samples - len(first)]
     if len(first) < samples:
-        raise UsageError(
-            f"the calibration text gives {len(first)} windows of {length} tokens, but {samples} are asked for; "
-            "give more text, or lower calibration.samples or calibration.length"
-        )
+        raise _too_short(len(first), samples, length)
     return torch.stack([_opened(start, ids) for ids in first])
+
+
+def joined_windows(
+    tokenizer: Any, rows: Sequence[NDArray[np.int32]], *, samples: int, length: int, seed: int, repeat: bool = False
+) -> Tensor:
+    """`samples` windows of `length` tokens of rows that follow one another in random order; no two overlap.
+
+    Each begins with the tokenizer's `opening`, which counts towards its `length`. With `repeat` the rows come again if they are too
+    short.
+
+    Returns:
+        int64 [samples, length]; the same seed gives the same windows.
+
+    Raises:
+        UsageError: the rows are too short for so many windows.
+    """
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    start = opening(tokenizer)
+    inner, total = length - len(start), sum(map(len, rows))
+    if total < samples * inner and not repeat:
+        raise _too_short(total // inner, samples, length)
+    together = np.resize(np.concatenate([rows[index] for index in order]), max(total, samples * inner))
+    return torch.stack([_opened(start, together[at * inner : (at + 1) * inner]) for at in range(samples)])
+
+
+def _too_short(found: int, samples: int, length: int) -> UsageError:
+    return UsageError(
+        f"the calibration text gives {found} windows of {length} tokens, but {samples} are asked for; "
+        "give more text, or lower calibration.samples or calibration.length"
+    )
 
 
 def _opened(start: list[int], ids: NDArray[np.int32]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.data.pieces import ids_in_pieces
-from adapt_pruner.data.sources import SELF, Source, documents, domains
+from adapt_pruner.data.sources import Source, documents, domains, written_spec
 from adapt_pruner.errors import UsageError
 
 __all__ = ["token_uses"]
@@ -33,8 +33,8 @@ def token_uses(tokenizer: Any, source: Source, *, size: int) -> Tensor:
         UsageError: there is no such text, or it is `self`.
     """
     shares = domains(source)
-    if SELF in shares:
-        raise UsageError("text 'self' is written only after the vocabulary is chosen; name a text in vocabulary.source")
+    if by_model := next((spec for spec in shares if written_spec(spec) is not None), None):
+        raise UsageError(f"text {by_model!r} is written only after the vocabulary is chosen; name a text in vocabulary.source")
     frequencies, total = torch.zeros(size, dtype=torch.float64), 0
     for spec, share in shares.items():
         texts, counts = documents(spec), torch.zeros(size, dtype=torch.float64)

@@ -15,9 +15,10 @@ refused, because `deci` forgets the attention of such a layer. `deci` and `llama
 keys, where Hugging Face pairs the two halves of a head; so these rows are reordered.
 """
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite, or_unwritten, unwritten
 from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file
+from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_whole
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 from adapt_pruner.export import llama_cpp
@@ -125,7 +126,22 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
             if os.path.lexists(path):
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
                 raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
+    with suppress(OSError):  # the model is worth more than how to name it to Ollama
+        write_whole(path.with_suffix(".Modelfile"), _modelfile(loaded, path))
     return notes
+
+
+def _modelfile(loaded: Loaded, path: Path) -> str:
+    """What `ollama create` reads beside the file: where it is, and with which tokens a turn ends. The chat template is in the file."""
+    ends = loaded.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
+    stops = [loaded.tokenizer.convert_ids_to_tokens(end) for end in ends if end < len(loaded.tokenizer)]
+    lines = [
+        f"# ollama create {path.stem} -f {path.stem}.Modelfile",
+        f"FROM ./{path.name}",
+        *(f"PARAMETER stop {json.dumps(stop)}" for stop in stops),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def holds(artefact: Path) -> bool:

@@ -27,16 +27,18 @@ from adapt_pruner.core.events import Listener, Load, Warned, counting
 from adapt_pruner.core.model.weight_mask import linear_layers, oriented
 from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.data.sources import SELF, texts
+from adapt_pruner.data.tokens import text_bytes
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import form_of, forms, plain
 from adapt_pruner.export.engines import Engine, torch_engine
 
-__all__ = ["TOLERANCES", "Tolerance", "opened", "prove", "verify", "zeros_of"]
+__all__ = ["TOLERANCES", "Tolerance", "bits_per_byte", "opened", "prove", "verify", "zeros_of"]
 
 _PROMPT, _WRITTEN = 16, 32  # tokens of a prompt, and tokens written after it
 _PROMPTS = 4
 _PIECES = 200
+_TEXT, _WINDOW, _WINDOWS = "python-docs:heldout", 256, 8  # by which several artefacts are compared
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,38 @@ def verify(
             "model": loaded.source, "artefact": str(artefact), "engine": other.name, "stored": other.stored, **figures,
             "tolerance": asdict(tolerance), "passed": not failures, "failures": failures,
         }  # fmt: skip
+
+
+def bits_per_byte(
+    model: str, artefacts: Sequence[Path], *, trust_remote_code: bool = False, listen: Listener = lambda event: None
+) -> dict[Path, float]:
+    """How well each artefact reads 8 windows of 256 tokens of Python's language reference, in its own engine.
+
+    Args:
+        model: the checkpoint, whose tokenizer reads the text.
+        artefacts: what `export` wrote of it.
+        trust_remote_code: run Python code that comes with a foreign folder.
+        listen: called with every event.
+
+    Returns:
+        Bits per byte of text.
+
+    Raises:
+        UsageError: an engine is not installed.
+        RunError: its engine cannot open an artefact.
+    """
+    tokenizer = load(model, trust_remote_code=trust_remote_code).tokenizer
+    windows = held_out_windows(tokenizer, source=_TEXT, window=_WINDOW, max_windows=_WINDOWS)
+    num_bytes, found, told = text_bytes(tokenizer, windows), {}, counting(listen, "evaluate")
+    for done, artefact in enumerate(artefacts, start=1):
+        nats = 0.0
+        with opened(artefact, context=_WINDOW, trust_remote_code=trust_remote_code) as engine:
+            for ids in windows:
+                log_p = engine.logits(ids[0].tolist())[:-1].log_softmax(-1)
+                nats -= float(log_p.gather(1, ids[0, 1:, None]).double().sum())
+        found[artefact] = nats / math.log(2) / num_bytes
+        told(done, len(artefacts))
+    return found
 
 
 def zeros_of(loaded: Loaded) -> dict[str, Any] | None:

@@ -25,17 +25,18 @@ _LONGEST_SHOWN = 200  # characters of a value
 
 
 def parse_latency(written: str) -> float:
-    """A share of the dense model's time as people write it: `0.7x`.
+    """A share of the dense model's time as people write it: `0.7x`; `1.5x`, above 1, is 1.5 times as fast and so 0.667x of the time.
 
     Raises:
-        UsageError: it is not written so, or the share is not between 0 and 1.
+        UsageError: it is not written so, or it is 0 or 1.
     """
     match = re.fullmatch(r"\s*(\d*\.?\d+)\s*x\s*", written)
-    if match is None or not 0 < float(match[1]) < 1:
+    if match is None or float(match[1]) in (0, 1):
         raise UsageError(
-            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x"
+            f"latency {written!r} is not a share of the dense model's time; write it like 0.7x, above 0x and below 1x, or 1.5x for 1.5 "
+            "times as fast"
         )
-    return float(match[1])
+    return min(float(match[1]), 1 / float(match[1]))
 
 
 def check_fitting(recipe: "Recipe") -> None:

@@ -259,7 +259,7 @@ def check(key: str, written: str) -> str:
     return f"{name}({spelled})" if spelled else name
 
 
-def bind(key: str, written: str, **context: Any) -> functools.partial[Any]:
+def bind(key: str, written: str, /, **context: Any) -> functools.partial[Any]:
     """The part that a recipe names, with its options bound, and those values of `context` that it takes.
 
     Raises:

@@ -202,6 +202,12 @@ class Training(_Frozen):
     max_rise: float = Field(
         2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"
     )
+    written: int = Field(
+        256,
+        ge=0,
+        le=10**6,
+        description="texts that the dense model writes for each source `self-chat` or `self`, at most, before the first cut",
+    )
     teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
     lora: Lora | None = Field(None, description="train LoRA adapters instead of the weights: {rank, alpha, dropout}")
     micro_batch_tokens: Count | None = Field(
@@ -266,6 +272,12 @@ class Evaluation(_Frozen):
     prompts: list[str] | None = Field(
         None,
         description="prompts answered at the start and the end; null takes three built-in ones if the model has a chat template, [] none",
+    )
+    chat: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="prompts of ours, whose answers a rule checks, that a chat model is asked at the start and the end",
     )
 
 

@@ -103,6 +103,15 @@ def _few_tokens(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
         )
 
 
+def _poor_answers(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
+    if figures.status == "finished" and figures.chats and figures.chats[-1].is_poor:
+        minutes = number_of(recipe.get("minutes"))
+        yield Advice(
+            f"As an assistant it is poor: it {figures.chats[-1].verdict}. More minutes help, and so does a larger size.",
+            f"--set minutes={4 * minutes:g}" if minutes else "",
+        )
+
+
 def _attention(figures: Figures, recipe: dict[str, Any]) -> Iterator[Advice]:
     if figures.began is None or not figures.states or figures.status == "running":
         return
@@ -174,5 +183,5 @@ def _perplexities(figures: Figures) -> tuple[float | None, float | None]:
 
 
 _RULES: tuple[Callable[[Figures, dict[str, Any]], Iterator[Advice]], ...] = (
-    _budget, _no_training, _still_falling, _few_tokens, _attention, _vocabulary, _better_than_dense, _no_evaluation, _where_time_went,
+    _budget, _poor_answers, _no_training, _still_falling, _few_tokens, _attention, _vocabulary, _better_than_dense, _no_evaluation, _where_time_went,
 )  # fmt: skip

@@ -18,11 +18,12 @@ import yaml
 
 from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Listener, Warned
-from adapt_pruner.core.events.words import counted, millions, score, shots, typed
+from adapt_pruner.core.events.run import chatted
+from adapt_pruner.core.events.words import by_model, counted, millions, score, shots, typed
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.core.system.terminal import visible
-from adapt_pruner.data.sources import SELF, domains
+from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
@@ -177,7 +178,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)),
         **_tasks(figures.get("tasks") or [], recipe["evaluation"].get("limit")),
         loading=list(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
-        calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
+        chats=list(_chats(figures, begun, after)), calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
         command=command, dumped=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).rstrip(),
         citations=_entries(recipe["method"]),
     )  # fmt: skip
@@ -307,6 +308,15 @@ def _perplexities(pruning: Mapping[str, Any], begun: str, after: str) -> Iterato
         yield f"{after}{where}" if stage else begun, params, measured, bits[stage] if stage < len(bits) else None
 
 
+def _chats(figures: Mapping[str, Any], begun: str, after: str) -> Iterator[str]:
+    """How the model answered our prompts at the start and at the end, in a sentence each."""
+    for event in chatted(figures):
+        distance = (
+            "" if event.kl is None or not event.stage else f"; {event.kl:.3f} nats a token from it on held-out conversations"
+        )
+        yield f"The {begun if event.stage == 0 else after} model {event.verdict}{distance}."
+
+
 def _tasks(tasks: Sequence[Mapping[str, Any] | None], limit: int | None) -> dict[str, Any]:
     """The rows of the table of tasks, `tasks`, and how they were scored, `tasks_by`; no rows if none was scored."""
     first, last = tasks[0] if tasks else None, tasks[1] if len(tasks) > 1 else None  # None: not asked for at that time
@@ -400,7 +410,7 @@ def _words(source: str | Mapping[str, float] | None) -> str:
     if source is None:
         return "no text"
     shares = domains(source)
-    names = {spec: "self-written text" if spec == SELF else _code(spec) for spec in shares}
+    names = {spec: by_model(spec) or _code(spec) for spec in shares}
     return ", ".join(names[spec] if len(shares) == 1 else f"{names[spec]} ({share:.0%})" for spec, share in shares.items())
 
 

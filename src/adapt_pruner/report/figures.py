@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import BILL, Evaluation, Event, Split, Start, Step, Tasks, Warned
-from adapt_pruner.core.events.run import Answered, MasksLearnt, Mixed, Resumed, Searched
+from adapt_pruner.core.events.run import Answered, Chatted, MasksLearnt, Mixed, Resumed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
 from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of
 from adapt_pruner.core.system.strict_json import number_of
@@ -115,6 +115,7 @@ class Figures:
     after_cuts: list[Evaluation]
     tasks: list[Tasks]
     answers: list[Answered]
+    chats: list[Chatted]
     searched: list[Searched]
     masks_learnt: list[MasksLearnt]
     mixed: list[Mixed]
@@ -165,6 +166,7 @@ def figures_of(record: Record) -> Figures:
         after_cuts=after_cuts,
         tasks=tasks,
         answers=_by_stage(record.of(Answered)),
+        chats=_by_stage(record.of(Chatted)),
         searched=record.of(Searched),
         masks_learnt=record.of(MasksLearnt),
         mixed=record.of(Mixed),
@@ -240,7 +242,7 @@ def _steps(events_in_order: Sequence[Event]) -> list[Trained]:
     ]
 
 
-_Staged = TypeVar("_Staged", Evaluation, Tasks, Answered)
+_Staged = TypeVar("_Staged", Evaluation, Tasks, Answered, Chatted)
 
 
 def _by_stage(staged: Sequence[_Staged]) -> list[_Staged]:

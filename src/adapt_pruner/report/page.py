@@ -6,9 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapt_pruner.core.events import BILL, Start
-from adapt_pruner.core.events.words import compact, counted, duration, measured_text, shown, typed
+from adapt_pruner.core.events.words import by_model, compact, counted, duration, measured_text, shown, typed
 from adapt_pruner.core.system.files import check_place, is_page, why, write_whole
-from adapt_pruner.data.sources import SELF
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.report import charts
@@ -220,8 +219,9 @@ def _processes(start: Start) -> str:
 def _source(source: object) -> str | None:
     if isinstance(source, dict):
         return ", ".join(f"{_source(spec)} ({weight:g})" for spec, weight in source.items())
-    if source == SELF:
-        return "self-written text (self)"
+    written = by_model(source) if isinstance(source, str) else None
+    if written:
+        return f"{written} ({source})"
     return None if source is None else str(source)
 
 

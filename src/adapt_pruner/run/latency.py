@@ -61,6 +61,10 @@ def budget_for(work: Work) -> dict[str, Any]:
     if not recipe.latency:
         return {}
     share, axes = parse_latency(recipe.latency), prunable(work)
+    if float(recipe.latency.rstrip(" x")) > 1:
+        work.warn(
+            f"latency {recipe.latency} is taken as that many times as fast, which is {share:.3g}x of the dense model's time"
+        )
     began = time.perf_counter()
     table = table_of(work)
     round_of_two = (time.perf_counter() - began) / max(1, sum(len(points) - 1 for points in table.values())) / (ROUNDS + 1)

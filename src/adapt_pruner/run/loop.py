@@ -141,6 +141,7 @@ def run_stages(work: Work, trainer: Trainer) -> Outcome:
         if is_last:
             results.measure_tasks(work, stage=stage.stage)
             results.measure_answers(work, stage=stage.stage)
+            results.measure_chat(work, stage=stage.stage)
         state.stage, state.pruned = stage.stage + 1, False
         if not is_last:
             trainer.save(called(stage.stage))

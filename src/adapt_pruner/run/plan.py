@@ -26,6 +26,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.run.checkpoints import kept
+from adapt_pruner.run.conversations import specs_to_write
 from adapt_pruner.run.estimate import Setup, Shapes, Speed, operations, process_bytes, pruning_memory, shapes, training_memory
 from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
@@ -92,7 +93,8 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
             add("task", stage, None)
 
     own = [calibration.samples] if work.reads_text and writes_text(recipe) else []
-    for samples in (*own, calibration.self_generated if recipe.repair is not None else 0):
+    learnt = recipe.training.written if specs_to_write(recipe) else 0
+    for samples in (*own, calibration.self_generated if recipe.repair is not None else 0, learnt):
         if samples and not begun:  # on a GPU the time of a token depends on its kernels, not on its operations
             a_token = operations(now, replace(how, length=calibration.length), kind="read")
             add("write", 0, None if how.device == "cuda" else samples * calibration.length * a_token)

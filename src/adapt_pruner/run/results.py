@@ -18,7 +18,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
-from adapt_pruner.core.events.run import Answered, PromptAnswer
+from adapt_pruner.core.events.run import Answered, Chatted, PromptAnswer
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.precision import nonfinite_error
 from adapt_pruner.core.model.weight_mask import count_nonzero
@@ -28,6 +28,7 @@ from adapt_pruner.core.system.provenance import made_by
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
+from adapt_pruner.evaluate.chat import chat_answers, kl_to_written
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.export.loading import misread
@@ -36,7 +37,7 @@ from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
 
 __all__ = [
-    "Outcome", "facts", "measure_answers", "measure_end", "measure_start", "measure_tasks", "measure_text", "warn_of_pattern", "whole_mask", "write",
+    "Outcome", "facts", "measure_answers", "measure_chat", "measure_end", "measure_start", "measure_tasks", "measure_text", "warn_of_pattern", "whole_mask", "write",
 ]  # fmt: skip
 
 _ENOUGH = 2048  # calibration tokens on which the loss is compared
@@ -62,6 +63,7 @@ def measure_start(work: Work) -> None:
     measure_text(work, stage=0)
     cached = measure_tasks(work, stage=0)
     measure_answers(work, stage=0)
+    cached += measure_chat(work, stage=0)
     timing = state.figures.get("measuring_seconds", 0.0)  # see `run.latency.budget_for`
     state.figures["measuring_seconds"] = timing + cached + state.spent["evaluate"]
 
@@ -185,6 +187,47 @@ def measure_answers(work: Work, *, stage: int) -> None:
     figures = work.state.figures
     figures["answers"] = [*figures.get("answers", []), {"stage": stage, "answers": answers}]
     work.tell(Answered(stage=stage, answers=answers))
+
+
+def measure_chat(work: Work, *, stage: int) -> float:
+    """Ask the model the recipe's number of our prompts, and measure how far it is from the dense model on held-out conversations.
+
+    A model without a chat template is not asked. One that cannot answer gives a warning and not an error.
+
+    Returns:
+        The seconds that answers from the cache once took.
+    """
+    number, figures = work.recipe.evaluation.chat, work.state.figures
+    if not (number and getattr(work.tokenizer, "chat_template", None) and work.model.can_generate()):
+        return 0.0
+
+    def answered() -> dict[str, Any] | str:
+        try:
+            answers = chat_answers(work.model, work.tokenizer, number=number, dtype=work.recipe.dtype)
+            kl = (
+                kl_to_written(work.model, work.data.held_out_chats, dtype=work.recipe.dtype) if work.data.held_out_chats else None
+            )
+            return (
+                "the chat template has no place for a prompt"
+                if answers is None
+                else {**answers.to_dict(), "kl": kl, "saved": answers.saved}
+            )
+        except (RunError, UsageError) as error:
+            return str(error)
+
+    work.begins("evaluate", stage=stage)
+    with work.state.clock("evaluate"):
+        found = world.on_main(answered)
+    if isinstance(found, str):
+        work.warn(f"the model was not asked our prompts: {found}")
+        return 0.0
+    saved = float(found.pop("saved"))
+    known = figures.get("chat", [])
+    dense = next((each["right"] for each in known if each["stage"] == 0), None)
+    told = Chatted(stage=stage, dense=dense, **found)
+    figures["chat"] = [*known, {"stage": stage, **found}]
+    work.tell(told)
+    return saved
 
 
 def warn_of_pattern(work: Work) -> None:

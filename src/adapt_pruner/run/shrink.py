@@ -20,12 +20,15 @@ from adapt_pruner.core.events.run import PlanLine
 from adapt_pruner.core.events.words import compact, counted, millions, span, typed
 from adapt_pruner.core.model.budget import parse_count
 from adapt_pruner.core.system import world
+from adapt_pruner.data.conversations import HELD_OUT
 from adapt_pruner.data.fixed import MOST_REPEATS
+from adapt_pruner.data.sources import domains, parts_of, written_spec
 from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of
+from adapt_pruner.run.conversations import writing_planned
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.plan import most_bytes, phases, seconds, setup_of
@@ -58,6 +61,7 @@ _RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that go
 _LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
+_ENDLESS = 10**12  # tokens of a text that is never used up
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Asked:
     Attributes:
         text_tokens: about how many tokens the text to train on has.
         held_out_tokens: about how many tokens its held-out part has; more than any plan reads if it is longer.
-        own: whether the user named the text.
+        own: whether the user named the text, or the model writes it.
         minutes: minutes that it may take in all; None if `tokens` says how long.
         tokens: tokens to train on; None if `minutes` says how long.
         gone: minutes that the probe has used up.
@@ -167,7 +171,7 @@ def recipe_in_time(
     Args:
         common: `model`, `budget`, `seed`, `device` and `dtype` of the recipe.
         out: the run's folder.
-        text: SPEC of the text to train and calibrate on; a part is held out. None for Python's language reference.
+        text: SPEC of the text to train and calibrate on; a part is held out. None for text that the model writes.
         long: minutes that the run may take, or tokens to train on, as `how_long` gives them.
         overrides: further keys, `KEY=VALUE`.
         started: `time.perf_counter()` when the minutes began.
@@ -201,19 +205,35 @@ def recipe_in_time(
     probe_recipe = plain.model_copy(update={"training": training})
     speed, work = probed(probe_recipe, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens, held_out_tokens = parts.tokens(work.tokenizer, length=_TRAINING_ROW)
+    own, texts = text is not None, plain.training.written if "training.written" in named else None
+    writing = writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts)
+    if writing.texts and not own:  # what it writes is read as often as need be
+        train, held_out = parts_of(writing.base)
+        text_tokens, held_out_tokens = _ENDLESS, writing.texts // HELD_OUT * _TRAINING_ROW
+        work.recipe = _with_texts(work.recipe, train, held_out)
     spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
-    choice = planned(speed, work, Asked(text_tokens, held_out_tokens, text is not None, minutes, tokens, gone=spent))
-    for line in choice.lines:
+    writes = (writing.seconds + writing.answering) / 60
+    wanted = Asked(text_tokens, held_out_tokens, own or bool(writing.texts), minutes, tokens, gone=spent + writes)
+    choice = planned(speed, work, wanted)
+    for line in [*choice.lines, *([writing.line] if writing.line else [])]:
         listen(PlanLine(text=line))
     if overrides:
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}"))
-    settings = dict(choice.settings)
+    settings = {**choice.settings, **writing.settings(train, own=own)}
+    if "minutes" in settings:  # of the run, in which the model writes
+        settings["minutes"] += writes
     if "step" in named:  # layers differ by amplitude / step
         settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
     recipe = recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides, shared=True)
     return recipe.fitted(named)  # another method may not read all that was planned
+
+
+def _with_texts(recipe: Recipe, train: str, held_out: str) -> Recipe:
+    training = recipe.training.model_copy(update={"source": train})
+    evaluation = recipe.evaluation.model_copy(update={"source": held_out})
+    return recipe.model_copy(update={"training": training, "evaluation": evaluation})
 
 
 def planned(speed: Speed, work: Work, asked: Asked) -> Choice:
@@ -418,6 +438,12 @@ def _options(about: str) -> dict[str, str]:
     return {}
 
 
+def _text_of(recipe: Recipe) -> str:
+    """The text that the user named; empty if `shrink` took another."""
+    specs = domains(recipe.training.source or DEFAULT_TEXT)
+    return ", ".join(spec for spec in specs if written_spec(spec) is None and spec != DEFAULT_TEXT)
+
+
 def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, listen: Listener) -> Recipe | None:
     """The recipe of the run that was begun in this folder, with `overrides` and the minutes asked for; None if no run was begun.
 
@@ -435,7 +461,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, listen: Listen
             f"`{typed('run', out / 'recipe.yaml', '-o', out)}`"
         )
     others = {
-        "MODEL": (recipe.model, plain.model), "--text": (recipe.training.source, plain.training.source),
+        "MODEL": (recipe.model, plain.model), "--text": (_text_of(recipe), _text_of(plain)),
         "--params": (before.get("--params"), now["--params"]), "--tokens": (before.get("--tokens"), now.get("--tokens")),
         "--seed": (recipe.seed, plain.seed), "--dtype": (recipe.dtype, plain.dtype),
     }  # fmt: skip

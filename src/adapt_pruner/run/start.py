@@ -30,10 +30,10 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import write_whole
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.data.fixed import Rows
+from adapt_pruner.data.fixed import Rows, Written
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
-from adapt_pruner.data.sources import domains
+from adapt_pruner.data.sources import Source, domains, written_spec
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
 from adapt_pruner.data.uses import token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
@@ -43,6 +43,7 @@ from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
+from adapt_pruner.run.conversations import held_out_chats, specs_to_write, written_texts
 from adapt_pruner.run.estimate import Setup, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT, writing
 from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
@@ -281,7 +282,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     _check_machine(work)
     if write and not begun:
         check_memory(work, setup_of(work), free=free_bytes(work.model.device))
-    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated):
+    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated or specs_to_write(recipe)):
         raise UsageError(
             f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
@@ -291,20 +292,17 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     if write:
         work.tell(phases(work, setup_of(work), begun=begun))
         work.begins("read")
+    written = written_texts(work, begun=begun) if write and specs_to_write(recipe) else {}
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
-        calibration = _calibration(work, folder, begun=begun, write=write) if work.reads_text else lambda iteration: []
+        calibration = _calibration(work, folder, written, begun=begun, write=write) if work.reads_text else lambda iteration: []
     with work.state.clock("repair"):
-        own = [*_repair_text(work, folder, begun=begun), *_further_text(work)] if write else []
+        own = [*_repair_text(work, folder, begun=begun), *_further_text(work, written)] if write else []
     if write:
         work.begins("read")  # the model may have written in between
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
-    rows = _rows(work, moving=getattr(make_feed.func, "wants_losses", False))
+    rows = _rows(work, written, moving=getattr(make_feed.func, "wants_losses", False))
     feed: Feed | None = None if rows is None else make_feed(rows)
-    begins_with, evaluation, by_text = calibration(0), recipe.evaluation, dict[str, list[Tensor]]()
-    if evaluation.source is not None:
-        by_text = work.task.held_out(
-            work.tokenizer, source=evaluation.source, window=evaluation.window, max_windows=evaluation.max_windows
-        )
+    begins_with, by_text = calibration(0), _held_out(work, written)
     held_out = [window for windows in by_text.values() for window in windows]
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if work.reads_text else None, held_out)
@@ -320,7 +318,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         digests |= feed.inputs()
     work.data = RunData(
         calibration, own, feed, ends, digests, held_out, [text for text, windows in by_text.items() for _ in windows], work.task.num_bytes(work.tokenizer, held_out),
-        teacher_of(work, begun=begun), tasks,
+        teacher_of(work, begun=begun), held_out_chats(written), rows is not None and rows.has_goals, tasks,
     )  # fmt: skip
 
 
@@ -392,10 +390,10 @@ def _check_machine(work: Work) -> None:
             raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
 
 
-def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
+def _calibration(work: Work, folder: Path | None, written: Written, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:
     """A function from the number of an iteration to its batches. It gives none if the model has yet to write the text."""
     recipe = work.recipe
-    if writes_text(recipe) and not write:
+    if not write and (writes_text(recipe) or _unwritten(recipe.calibration.source, written)):
         return lambda iteration: []
     keys = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
     if writes_text(recipe) and folder is not None:
@@ -403,9 +401,19 @@ def _calibration(work: Work, folder: Path | None, *, begun: bool, write: bool) -
         keys["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=keys["samples"], seed=recipe.seed, begun=begun))
     feed = work.task.calibration(
-        work.model, work.tokenizer, **keys, seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
+        work.model, work.tokenizer, **keys, **_with(written), seed=recipe.seed, dtype=recipe.dtype, on_tokens=work.counts("write")
     )
     return feed if recipe.calibration.redraw else lambda iteration: feed(0)
+
+
+def _with(written: Written) -> dict[str, Any]:
+    """What the model wrote, for a task that takes it; nothing if it wrote nothing."""
+    return {"written": written} if written else {}
+
+
+def _unwritten(source: Source, written: Written) -> bool:
+    """Whether the model has yet to write some of a text."""
+    return any(written_spec(spec) is not None and spec not in written for spec in domains(source))
 
 
 def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor]:
@@ -423,14 +431,14 @@ def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor
     return batches_of(rows, max_tokens=MICRO_TOKENS)
 
 
-def _further_text(work: Work) -> list[Tensor]:
+def _further_text(work: Work, written: Written) -> list[Tensor]:
     """Further sequences of the calibration text, which only the repair reads. They are the same in every iteration."""
     calibration = work.recipe.calibration
     if not calibration.repair_samples or work.recipe.repair is None:
         return []
     feed = work.task.calibration(
         work.model, work.tokenizer, source=calibration.source, samples=calibration.repair_samples, length=calibration.length, ids=None,
-        seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None,
+        seed=work.recipe.seed, dtype=work.recipe.dtype, on_tokens=lambda done, of: None, **_with(written),
     )  # fmt: skip
     return feed(-1)  # no iteration has this number, so none draws the same sequences
 
@@ -464,18 +472,30 @@ def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, be
         write_whole(path, to_json({"asked": wanted, "input_ids": written.tolist()}))
 
 
-def _rows(work: Work, *, moving: bool) -> Rows | None:
-    """All rows of the training; with `moving` also those that are read only if the shares of a mixture change."""
-    training = work.recipe.training
-    if training.source is None:
+def _rows(work: Work, written: Written, *, moving: bool) -> Rows | None:
+    """All rows of the training; with `moving` also those that are read only if the shares of a mixture change.
+
+    None if the recipe trains nothing, or if the model has yet to write some of the text, for a plan.
+    """
+    training, source = work.recipe.training, work.recipe.training.source
+    if source is None or _unwritten(source, written):
         return None
     read_rows = partial(
-        work.task.rows, work.tokenizer, training.source, length=training.length, tokens=training.tokens, seed=work.recipe.seed,
-        repeat=training.repeat, warn=work.warn, moving=moving, expected=work.expected,
+        work.task.rows, work.tokenizer, source, length=training.length, tokens=training.tokens, seed=work.recipe.seed,
+        repeat=training.repeat, warn=work.warn, moving=moving, expected=work.expected, **_with(written),
     )  # fmt: skip
     rows: list[Rows] = []
     world.on_main(lambda: rows.append(read_rows()))  # one process tokenises, the others read what it stored
     return rows[0] if rows else read_rows()
+
+
+def _held_out(work: Work, written: Written) -> dict[str, list[Tensor]]:
+    asked = work.recipe.evaluation
+    if asked.source is None or _unwritten(asked.source, written):
+        return {}
+    return work.task.held_out(
+        work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows, **_with(written)
+    )
 
 
 def tell_start(work: Work, *, training_tokens: int) -> None:

@@ -20,6 +20,7 @@ from adapt_pruner.core import events
 from adapt_pruner.core.events.words import compact
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.model.kinds import OF_THE_MODEL
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.precision import cast_weights, uses_bfloat16
@@ -32,7 +33,7 @@ from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
-from adapt_pruner.train.objectives import BesideNll, lm, named_loss
+from adapt_pruner.train.objectives import BesideNll, kl_to_goal, lm, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 from adapt_pruner.work import Work
 
@@ -225,10 +226,17 @@ class Trainer:
         work, training, feed = self._work, self._work.recipe.training, self._work.data.feed
         assert feed is not None
         objective = parts.bind("objective", training.objective, teacher=work.data.teacher, task=work.task)
+        goals = work.data.has_goals
         teacher = "the dense model" if training.teacher is None else "the teacher"
-        heard = BesideNll(objective, work.task) if feed.wants_losses and objective.func is not lm else None
-        if name := named_loss(objective.func, objective.keywords, teacher=teacher):
+        heard = BesideNll(objective, work.task) if feed.wants_losses and (objective.func is not lm or goals) else None
+        if name := named_loss(objective.func, objective.keywords, teacher=teacher, answers=goals):
             self._loss_is = {"loss_is": name}
+        task: Any = work.task
+
+        def towards(goal: Goal) -> Objective:
+            objective = partial(kl_to_goal, goal=goal, task=task)
+            return around(objective if heard is None else heard.beside(objective))
+
         how = TrainConfig(
             objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
@@ -236,6 +244,7 @@ class Trainer:
             max_rise=training.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
             seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
             expected=world.agreed(self._expected(self._seconds_left())) if in_time else math.inf,
+            towards=towards if goals else None,
         )  # fmt: skip
         with keeping_freed(), self._at_work() as (model, optimizer):
             yield from steps(model, feed, optimizer, work.state.progress, how, until=until)

@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from adapt_pruner.core.model.feed import Feed, Taken
+from adapt_pruner.core.model.feed import Feed, Goal, Taken
 from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
@@ -80,6 +80,7 @@ class TrainConfig:
             the learning-rate curve with it: the share of the run done is then a share of the tokens that fit.
         stage_seconds_left: how many of these are left to the stage that trains now; None for all.
         expected: tokens of the whole run that should fit, as long as the pace is not known; infinite if nobody can say.
+        towards: the objective of rows that have a goal (see `core.model.feed.Goal`); None if no row has one.
     """
 
     objective: Objective
@@ -96,6 +97,7 @@ class TrainConfig:
     seconds_left: Callable[[], float] | None = None
     stage_seconds_left: Callable[[], float] | None = None
     expected: float = math.inf
+    towards: Callable[[Goal], Objective] | None = None
 
 
 @dataclass
@@ -195,7 +197,7 @@ def steps(
             rows = feed.take(min(how.batch_rows, until - progress.rows))
             torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
             optimizer.zero_grad(set_to_none=True)
-            batch = _Batch(rows, device=device, micro_tokens=how.micro_tokens, by_domain=feed.wants_losses, task=how.task)
+            batch = _Batch(rows, how, device=device, by_domain=feed.wants_losses)
             of_model = {id(parameter) for parameter in model.parameters()}  # a cut between two steps may replace them
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             others = [parameter for parameter in held if id(parameter) not in of_model]
@@ -227,52 +229,102 @@ def steps(
         torch.set_rng_state(random_state)
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a step, for one forward and backward pass.
+
+    Attributes:
+        ids: int64 [rows, width].
+        predicted: bool, the same shape; None if all tokens are predicted.
+        domain: the text that they come from; empty if nobody asks.
+        goal: of the predicted tokens; None for rows that are learnt by the recipe's objective.
+    """
+
+    ids: Tensor
+    predicted: Tensor | None
+    domain: str
+    goal: Goal | None = None
+
+
 class _Batch:
     """This process's part of the rows of a step, in parts of at most `micro_tokens`.
 
     Every process makes the same number of passes, since the processes of a sharded model communicate in each pass. A process
-    with fewer rows reads a row again and predicts nothing of it. With `by_domain` all rows of a part come from one text.
+    with fewer rows reads a row again and predicts nothing of it. With `by_domain` all rows of a part come from one text. Either all
+    rows of a part have a goal or none has.
 
     Attributes:
-        parts: ids, which tokens are predicted, and the text that they come from.
+        parts: what is passed forward and backward at a time.
         num_predicted: tokens predicted by all processes.
         losses: text -> the sum of its losses over all processes, and the tokens predicted; filled as gradients are computed.
     """
 
-    def __init__(
-        self, rows: Taken, *, device: torch.device, micro_tokens: int | None, by_domain: bool = False, task: Task = CAUSAL_LM
-    ) -> None:
+    def __init__(self, rows: Taken, how: TrainConfig, *, device: torch.device, by_domain: bool = False) -> None:
         each = -(-len(rows) // world.size())
         first = world.rank() * each
         looked_at = min(len(rows) - 1, first)
-        ids, predicted = rows.batch(looked_at, min(len(rows), looked_at + each))
+        stop = min(len(rows), looked_at + each)
+        ids, predicted = rows.batch(looked_at, stop)
         if first >= len(rows):
             predicted = torch.zeros_like(ids, dtype=torch.bool)
-        micro = max(1, (micro_tokens or MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"]) // ids.shape[1])
+        micro_tokens = how.micro_tokens or MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+        micro = max(1, micro_tokens // ids.shape[1])
         if world.size() > 1:  # chat rows differ in width from process to process
             widest = torch.tensor([-micro])
             torch.distributed.all_reduce(widest, op=torch.distributed.ReduceOp.MAX)
             micro = -int(widest)
-        domains = list(rows.domains(looked_at, looked_at + ids.shape[0])) if by_domain else [""] * ids.shape[0]
+        domains = list(rows.domains(looked_at, stop)) if by_domain else [""] * len(ids)
+        goals = [None] * len(ids) if how.towards is None or first >= len(rows) else list(rows.goals(looked_at, stop))
         self.losses: dict[str, tuple[float, float]] = {}
         self.domains = sorted(set(rows.domains(0, len(rows)))) if by_domain else [""]
-        self.parts: list[tuple[Tensor, Tensor | None, str]] = []
+        self.parts: list[_Part] = []
         for domain in self.domains:
             of_domain = [row for row, name in enumerate(domains) if name == domain]
-            for start in range(0, len(of_domain), micro):
-                chosen = of_domain[start : start + micro]
-                counts = None if predicted is None else predicted[chosen].to(device)
-                self.parts.append((ids[chosen].to(device), counts, domain))
-        nothing = (ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device), self.domains[0])
-        self.parts += [nothing] * (self._most(-(-each // micro), by_domain=by_domain) - len(self.parts))
-        count = torch.tensor(sum(task.num_predicted([part[0]], part[1]) for part in self.parts), dtype=torch.float64)
+            without = [row for row in of_domain if goals[row] is None]
+            width, at_once = ids.shape[1], micro
+            if len(without) < len(of_domain) and without and predicted is not None:  # those with a goal may be wider
+                width = int(predicted[without].any(0).nonzero().max()) + 1
+                at_once = max(1, micro_tokens // width)
+            for start in range(0, len(without), at_once):
+                chosen = without[start : start + at_once]
+                counts = None if predicted is None else predicted[chosen, :width].to(device)
+                self.parts.append(_Part(ids[chosen, :width].to(device), counts, domain))
+            if predicted is not None:
+                self._add_goals(ids, predicted, {row: goals[row] for row in of_domain}, domain, micro_tokens, device)
+        nothing = _Part(ids[:1].to(device), torch.zeros_like(ids[:1], dtype=torch.bool, device=device), self.domains[0])
+        uneven = by_domain or how.towards is not None
+        self.parts += [nothing] * (self._most(-(-each // micro), uneven=uneven) - len(self.parts))
+        count = torch.tensor(sum(how.task.num_predicted([part.ids], part.predicted) for part in self.parts), dtype=torch.float64)
         world.sum_in_place(count)
         self.num_predicted = max(1.0, float(count))
 
-    def _most(self, at_least: int, *, by_domain: bool) -> int:
+    def _add_goals(
+        self,
+        ids: Tensor,
+        predicted: Tensor,
+        goals: Mapping[int, Goal | None],
+        domain: str,
+        micro_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Add parts of the rows that have a goal: rows of about equal length together, without what follows the last prediction."""
+        widths = {row: int(predicted[row].nonzero().max()) + 1 for row, goal in goals.items() if goal is not None}
+        chosen: list[int] = []
+        for row in [*sorted(widths, key=lambda row: widths[row]), None]:
+            if chosen and (row is None or (len(chosen) + 1) * widths[row] > micro_tokens):
+                width = widths[chosen[-1]]
+                those = [goal for goal in map(goals.get, chosen) if goal is not None]
+                goal = Goal(torch.cat([goal.tokens for goal in those]), torch.cat([goal.logs for goal in those]))
+                part = _Part(ids[chosen, :width].to(device), predicted[chosen, :width].to(device), domain, goal)
+                self.parts.append(part)
+                chosen = []
+            if row is not None:
+                chosen.append(row)
+
+    def _most(self, at_least: int, *, uneven: bool) -> int:
         """How many passes every process makes."""
-        if not by_domain or world.size() == 1:
-            return at_least if not by_domain else len(self.parts)
+        if not uneven or world.size() == 1:
+            return at_least if not uneven else len(self.parts)
         most = torch.tensor([len(self.parts)])
         torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
         return int(most)
@@ -280,20 +332,23 @@ class _Batch:
 
 def _accumulate(model: Any, batch: _Batch, how: TrainConfig, others: Sequence[Tensor], *, device: torch.device) -> Tensor:
     """Add, in place, the gradient of the batch's mean loss over all processes; returns that loss."""
-    objective, task = how.objective, how.task
+    task = how.task
     loss = torch.zeros((), dtype=torch.float64)
     of_domain = torch.zeros(len(batch.domains), 2, dtype=torch.float64)
     sharded = hasattr(model, "as_forward")  # then reduce-scatter takes the mean over the processes
     scale = (world.size() if sharded else 1) / batch.num_predicted
     with precision(device, how.dtype):  # around all parts, so that weights are cast to bfloat16 once per step
-        for ids, predicted, domain in batch.parts:
-            part = model.as_forward(objective, ids, predicted) if sharded else objective(model, ids, predicted)
-            loss += part.detach().double().cpu()
-            heard = float(part.detach()) if how.heard is None else how.heard.nll
-            where = of_domain[batch.domains.index(domain)]
-            where += torch.tensor([heard, task.num_predicted([ids], predicted)], dtype=torch.float64)
+        for part in batch.parts:
+            objective = how.objective if part.goal is None or how.towards is None else how.towards(part.goal)
+            nats = (
+                model.as_forward(objective, part.ids, part.predicted) if sharded else objective(model, part.ids, part.predicted)
+            )
+            loss += nats.detach().double().cpu()
+            heard = float(nats.detach()) if how.heard is None else how.heard.nll
+            where = of_domain[batch.domains.index(part.domain)]
+            where += torch.tensor([heard, task.num_predicted([part.ids], part.predicted)], dtype=torch.float64)
             with torch.autocast(device.type, enabled=False):
-                (part * scale).backward()
+                (nats * scale).backward()
     for other in others if sharded else ():
         if other.grad is not None:
             other.grad /= world.size()

@@ -8,12 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.model.loss import LogitLoss, log_softmax_, logit_map, nll_of_logits
 from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BesideNll", "distil", "kl_of_logits", "lm", "named_loss"]
+__all__ = ["BesideNll", "distil", "kl_of_logits", "kl_to_goal", "lm", "named_loss"]
+
+
+_LEAST = 1e-6  # of the probability beside the likeliest tokens: kept ones are rounded
 
 
 @part("objective")
@@ -97,19 +101,74 @@ class BesideNll:
 
     def __call__(self, model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
         """The objective's value; `nll` is measured first."""
-        with torch.no_grad():
-            self.nll = float(self.task.loss(model, input_ids, predicted=predicted))
-        return self.objective(model, input_ids, predicted)
+        return self.beside(self.objective)(model, input_ids, predicted)
+
+    def beside(self, objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Another objective, for rows that have one of their own; `nll` is measured first."""
+
+        def both(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None) -> Tensor:
+            with torch.no_grad():
+                self.nll = float(self.task.loss(model, input_ids, predicted=predicted))
+            return objective(model, input_ids, predicted)
+
+        return both
 
 
-def named_loss(objective: Callable[..., Tensor], options: Mapping[str, Any], *, teacher: str) -> str | None:
+def kl_to_goal(
+    model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None, *, goal: Goal, task: CausalLM = CAUSAL_LM
+) -> Tensor:
+    """KL(goal ‖ model), nats, summed over the predicted tokens, with all tokens beside the k likeliest of the goal as one.
+
+    Σ_i p_i · (log p_i - log q_i) + r · (log r - log(1 - Σ_i q_i))        with i over the k tokens and r = 1 - Σ_i p_i
+
+    It is at most the KL over the whole vocabulary. For rows that the dense model wrote; that model itself is not needed.
+
+    Args:
+        input_ids: int64 [batch, length].
+        predicted: bool [batch, length]; None for every token but the first.
+        goal: of the predicted tokens, row by row.
+        task: what the model learns; one that predicts by logits.
+
+    Returns:
+        float32 scalar, differentiable.
+    """
+    hidden, _ = task.predicting(task.read(model, input_ids).last_hidden_state, input_ids, predicted)
+    return task.of_logits(model, hidden, _kl_to_likeliest(goal))
+
+
+def _kl_to_likeliest(goal: Goal) -> LogitLoss:
+    def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
+        tokens = goal.tokens[rows].to(logits.device)
+        log_p = goal.logs[rows].to(logits)
+        p = log_p.exp()
+        rest = (1 - p.sum(-1)).clamp_min(_LEAST)
+        log_q = log_softmax_(logits)
+        ours = log_q.gather(1, tokens)
+        rest_of_ours = (1 - ours.exp().sum(-1)).clamp_min(_LEAST)
+        total = torch.dot(p.flatten(), (log_p - ours).flatten()) + torch.dot(rest, (rest.log() - rest_of_ours.log()))
+        if gradient:
+            q = log_q.exp_()
+            at = q.gather(1, tokens)
+            q.mul_((1 - rest / rest_of_ours)[:, None]).scatter_(1, tokens, at - p)
+        return total
+
+    return loss
+
+
+def named_loss(
+    objective: Callable[..., Tensor], options: Mapping[str, Any], *, teacher: str, answers: bool = False
+) -> str | None:
     """What a loss is, in words that stand behind its value; None for the cross-entropy, which needs no word.
 
     Args:
         objective: the function; one that is not of this module is named as it is.
         options: those that the recipe gives it.
         teacher: whom `distil` learns from, in words.
+        answers: whether some rows are learnt by `kl_to_goal` instead.
     """
+    if answers:
+        name = named_loss(objective, options, teacher=teacher) or "cross-entropy"
+        return f"{name} (of what the dense model wrote, KL to it)"
     if objective is lm:
         return None
     if objective is not distil:

@@ -1,16 +1,19 @@
 """Further events of a run: its plan, a reduction on its way, a feed that shifts the shares of its texts, answers to prompts."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from adapt_pruner.core.events import Count, Event
-from adapt_pruner.core.events.words import millions
+from adapt_pruner.core.events.words import answered, millions
 
 __all__ = [
-    "Answered", "Item", "Masked", "MasksLearnt", "Mixed", "PlanLine", "Planned", "Probe", "PromptAnswer", "Resumed", "Searched", "VocabularyCut", "Within",
+    "Answered", "Chatted", "Item", "Masked", "MasksLearnt", "Mixed", "PlanLine", "Planned", "Probe", "PromptAnswer", "Resumed", "Searched", "VocabularyCut", "Within", "chatted",
 ]  # fmt: skip
+
+_POOR = 0.5  # of the dense model's right answers
 
 
 class Item(TypedDict):
@@ -222,3 +225,51 @@ class Answered(Event):
     event: Literal["answered"] = "answered"
     stage: Count
     answers: list[PromptAnswer]
+
+
+class Chatted(Event):
+    """The model answered prompts of ours that a rule checks: stage 0 is the model at the start.
+
+    Attributes:
+        stage: counted from 1.
+        asked: number of prompts.
+        right: the numbers of those that it answered rightly, from 0.
+        ended: answers that it ended by itself.
+        looping: answers that repeat something again and again.
+        dense: `right` of the model at the start; None at the start.
+        kl: KL to the dense model, in nats a token, on held-out conversations that it wrote; None if there are none.
+    """
+
+    event: Literal["chatted"] = "chatted"
+    stage: Count
+    asked: Count
+    right: list[Count]
+    ended: Count
+    looping: Count
+    dense: list[Count] | None = None
+    kl: float | None = None
+
+    @property
+    def verdict(self) -> str:
+        """How it answers, in words."""
+        return answered(right=self.right, asked=self.asked, ended=self.ended, looping=self.looping, dense=self.dense)
+
+    @property
+    def is_poor(self) -> bool:
+        """Whether it gives fewer than half of the dense model's right answers."""
+        return self.dense is not None and len(set(self.right) & set(self.dense)) < _POOR * len(self.dense)
+
+    def line(self, begun: str = "dense") -> str:
+        who = f"{begun} model" if self.stage == 0 else "small model"
+        return f"{who}: {self.verdict}" + ("" if self.kl is None else f"; {self.kl:.3f} nats from the dense model")
+
+    def figures(self) -> dict[str, float]:
+        shares = {"chat/right": len(self.right) / max(1, self.asked), "chat/ended": self.ended / max(1, self.asked)}
+        return shares | {"chat/looping": self.looping / max(1, self.asked)} | self._those("kl")
+
+
+def chatted(figures: Mapping[str, Any]) -> list[Chatted]:
+    """How the model answered at the start and at the end of a run, from the run's figures; empty if it was not asked."""
+    measured = figures.get("chat") or []
+    dense = next((each["right"] for each in measured if each["stage"] == 0), None)
+    return [Chatted(**each, dense=dense if each["stage"] else None) for each in measured]

@@ -3,11 +3,11 @@
 import math
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 __all__ = [
-    "NARROW", "Form", "compact", "counted", "duration", "measured_text", "millions", "progress", "score", "shots", "shown", "span", "tick", "ticks", "typed",
+    "NARROW", "Form", "answered", "by_model", "compact", "counted", "duration", "measured_text", "millions", "progress", "score", "shots", "shown", "span", "tick", "ticks", "typed",
 ]  # fmt: skip
 
 Form = Literal[
@@ -34,6 +34,29 @@ def compact(value: float) -> str:
 def counted(count: int, noun: str) -> str:
     """A count and its noun: 1 window, 2,000 windows."""
     return f"{count:,d} {noun}{'s' * (count != 1)}"
+
+
+def answered(*, right: Sequence[int], asked: int, ended: int, looping: int, dense: Sequence[int] | None) -> str:
+    """How a model answers: `answers 61 of the 74 prompts that the dense model answers; 80 of 100 answers end, 3 loop`.
+
+    Args:
+        right: the numbers of the prompts that it answers rightly.
+        asked: number of prompts.
+        ended: answers that it ended by itself.
+        looping: answers that repeat something again and again.
+        dense: the numbers of the prompts that the dense model answers rightly; None if this is the dense model.
+    """
+    ends = f"{ended} of {counted(asked, 'answer')} end, {looping} {'loops' if looping == 1 else 'loop'}"
+    if dense is None:
+        return f"answers {len(right)} of {counted(asked, 'prompt')} rightly; {ends}"
+    return f"answers {len(set(right) & set(dense))} of the {counted(len(dense), 'prompt')} that the dense model answers; {ends}"
+
+
+def by_model(spec: str) -> str | None:
+    """What the model of a run wrote, in words, by its SPEC (see `data.sources`); None for any other text."""
+    base, _, part = spec.partition("#")
+    named = {"self": "self-written text", "self-chat": "conversations that the dense model wrote"}.get(base.partition(":")[0])
+    return f"{named}, the part held out" if named and part == "heldout" else named
 
 
 def duration(seconds: float) -> str:

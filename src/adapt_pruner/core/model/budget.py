@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # recipes read budgets, and reading a recipe does not wait fo
 
 __all__ = ["Budget", "check_written", "count_parameters", "parse_count", "unit_cost"]
 
+_LESS = re.compile(r"-\s*(\d*\.?\d+)\s*%|(\d*\.?\d+)\s*%\s*(?:less|fewer|smaller|off|gone|removed)", re.IGNORECASE)
+"""A share that goes, as people write it by mistake."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 
 
@@ -47,6 +49,10 @@ def check_written(budget: Any) -> str:
     """
     written = str(budget).strip()
     number, percent, of = written.partition("%")
+    if slip := _LESS.fullmatch(written):
+        left = 100 - float(slip[1] or slip[2])
+        remedy = f"write {left:g}%" if left > 0 else "write it like 70%"
+        raise UsageError(f"budget {written!r} says what goes, and a budget is what stays; {remedy}")
     if percent:
         is_share = of.strip() in ("", "of decoder") and re.fullmatch(r"\d*\.?\d+", number.strip())
         if not (is_share and 0 < float(number) <= 100):

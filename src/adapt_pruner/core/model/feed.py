@@ -1,13 +1,27 @@
 """`Feed`: decides which rows of the training text come next; it may go by the model's losses."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from adapt_pruner.core.events import Event
 
-__all__ = ["Feed", "Taken"]
+__all__ = ["Feed", "Goal", "Taken"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the predictions of some rows are to become: the likeliest tokens by the model that wrote the rows.
+
+    Attributes:
+        tokens: int64 [predicted tokens, k], row by row.
+        logs: float32, the same shape: log p of each.
+    """
+
+    tokens: Tensor
+    logs: Tensor
 
 
 class Taken(Protocol):
@@ -28,6 +42,9 @@ class Taken(Protocol):
 
     def domains(self, start: int, stop: int) -> Sequence[str]:
         """The SPEC of the text that each of these rows comes from; a feed may leave a row without one."""
+
+    def goals(self, start: int, stop: int) -> Sequence[Goal | None]:
+        """For each of these rows the goal of its predicted tokens; None for a row that is learnt by the recipe's objective."""
 
 
 class Feed(Protocol):

@@ -37,13 +37,16 @@ class Rendered(NamedTuple):
     generated: list[tuple[int, int]] | None
 
 
-def rendered(tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, add_generation_prompt: bool = False) -> Rendered:
+def rendered(
+    tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, add_generation_prompt: bool = False, thinking: bool = True
+) -> Rendered:
     """Write a conversation as `tokenizer.apply_chat_template` does.
 
     Args:
         tokenizer: a transformers tokenizer with a chat template.
         messages: what was said, each with `role`, `content` and perhaps more.
         add_generation_prompt: whether the header of the assistant's next turn follows.
+        thinking: False turns thinking off, in a template that can.
 
     Raises:
         ChatTemplateError: the template raises an error, runs for too long, or takes too much memory or writes too much.
@@ -57,6 +60,7 @@ def rendered(tokenizer: Any, messages: Iterable[Mapping[str, Any]], *, add_gener
     )
     answer = _RENDERER.ask({
         "template": template, "messages": conversation, "add_generation_prompt": add_generation_prompt,
+        "variables": {} if thinking else {"enable_thinking": False},
         "special_tokens": tokenizer.special_tokens_map, "seconds": _SECONDS, "characters": _CHARACTERS + len(conversation),
     })  # fmt: skip
     if "error" in answer:
@@ -120,7 +124,7 @@ def _answer(render: Any, question: Mapping[str, Any]) -> dict[str, Any]:
         (text,), generated = render(
             conversations=[json.loads(question["messages"])], chat_template=template,
             add_generation_prompt=question["add_generation_prompt"], return_assistant_tokens_mask=marks,
-            **question["special_tokens"],
+            **question["special_tokens"], **question["variables"],
         )  # fmt: skip
     except MemoryError:
         raise
