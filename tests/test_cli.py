@@ -316,7 +316,7 @@ BAD_PRUNE = {
     "unknown family": (
         ["STRANGE", "--params", "80%"],
         2,
-        "no known family; known: gemma3_text, llama, mistral, mobilellm, nemotron-nas, phi3, qwen2, qwen3",
+        "(known: gemma3_text, llama, mistral, mobilellm, nemotron-nas, phi3, qwen2, qwen3",
     ),
     "not a model": (["FOLDER", "--params", "80%"], 2, "no config.json"),
     "weights that are not numbers": (

@@ -1,5 +1,6 @@
 """Text that the dense model writes: in the chat template, as it was drawn, with its likeliest tokens, and nothing that is measured."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.core.model.feed import Goal
+from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.data import conversations, prompts
 from adapt_pruner.data.conversations import Template, of_part, written_batches
 from adapt_pruner.data.fixed import Fixed, Span, training_rows
@@ -23,9 +25,10 @@ from adapt_pruner.recipe import read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import conversations as run_conversations
 from adapt_pruner.run.forecast import dry_run
-from adapt_pruner.run.start import begin
+from adapt_pruner.run.plan import phases, setup_of
+from adapt_pruner.run.start import begin, plan
 from adapt_pruner.train.loop import TrainConfig, TrainState, _Batch, steps
-from adapt_pruner.train.objectives import distil, kl_to_goal, lm
+from adapt_pruner.train.objectives import BesideNll, distil, kl_to_goal, lm
 from conftest import VOCAB, assert_same_model, break_off, log_of, tiny_model
 from test_cli import ask
 from test_data_chat import CHATML, chat_tokenizer
@@ -341,6 +344,28 @@ def test_each_row_is_learnt_by_its_own_objective(texts: Any, tmp_path: Path) -> 
         tokenizer, "self-chat", length=48, tokens=how_long, seed=0, warn=pytest.fail, cache=tmp_path, written={"self-chat": store}
     )
     assert same.num_tokens(0, len(same)) >= how_long, "conversations are read several times without a warning"
+
+
+def test_a_feed_hears_the_cross_entropy_of_rows_with_a_goal(ids: Tensor) -> None:
+    """What such rows are trained on is the KL; a feed compares texts by the same loss."""
+    student, teacher = tiny_model(seed=0), tiny_model(seed=1)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    goal = goal_of(teacher, ids, mask, 5)
+    heard = BesideNll(lm, CAUSAL_LM)
+    with torch.no_grad():
+        trained = heard.beside(functools.partial(kl_to_goal, goal=goal))(student, ids, mask)
+        assert float(trained) == pytest.approx(float(kl_to_goal(student, ids, mask, goal=goal)))
+        assert heard.nll == pytest.approx(float(lm(student, ids, mask)))
+    assert heard.nll != pytest.approx(float(trained), rel=0.01)
+
+
+def test_a_plan_counts_what_the_model_writes(chat_folder: Path, text_file: Path) -> None:
+    """As a phase of its own, which a run that goes on has behind it."""
+    work = begin(chat_recipe(chat_folder, text_file), lambda event: None)
+    work.stages, work.budget = plan(work)
+    for begun, count in ((False, 1), (True, 0)):
+        items = phases(work, setup_of(work), begun=begun).items
+        assert sum(item["phase"] == "write" for item in items) == count
 
 
 def test_self_written_text_is_learnt_from(tmp_path: Path) -> None:

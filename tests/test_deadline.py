@@ -280,7 +280,7 @@ def test_stages_share_the_time_as_they_share_the_tokens(recipe: Recipe, tmp_path
     timed = read(recipe.model_dump() | {"stages": 3, "minutes": 1.0, "training": training, "budget": "85%"})
     steps: list[dict[str, Any]] = []
     began = time.perf_counter()
-    outcome = run(timed, tmp_path / "run", listen=lambda event: steps.extend([event] * (event["event"] == "step")))
+    outcome = run(timed, tmp_path / "run", listen=as_dicts(lambda event: steps.extend([event] * (event["event"] == "step"))))
     assert time.perf_counter() - began < 63
     assert outcome is not None
     numbers = [sum(step["stage"] == stage for step in steps) for stage in (1, 2, 3)]

@@ -206,7 +206,10 @@ def test_heads_are_measured_before_one_goes(recipe: Recipe, tmp_path: Path) -> N
     assert measured != scored, "on this model the two disagree"
     loaded = load(recipe.model)
     batches = calibration_feed(
-        loaded.model, loaded.tokenizer, **recipe.calibration.model_dump(exclude={"self_generated", "repair_samples"}), seed=0
+        loaded.model,
+        loaded.tokenizer,
+        **recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"}),
+        seed=0,
     )(1)
     axes = [axis for axis in families.axes(loaded.model) if axis.kind == "kv_heads"]
     for name, losses in loss_drop(loaded.model, axes, batches, dtype="float32").items():
