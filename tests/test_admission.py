@@ -12,6 +12,7 @@ import adapt_pruner as ap
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.save import can_save_unequal_layers
+from adapt_pruner.core.events import Loaded
 from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.core.model.task import CAUSAL_LM
@@ -107,6 +108,13 @@ def test_pruned_with_unequal_layers_saved_loaded_and_asked(tmp_path: Path, token
     with torch.no_grad(), gated(model, axes, mask):
         shut = model(ids).logits
     assert torch.allclose(shut, loaded(ids).logits, atol=1e-3)
+
+
+def test_a_line_says_what_was_found() -> None:
+    assert families.summary(AutoConfig.for_model("llama")) is None
+    said = families.summary(AutoConfig.for_model("olmo2"))
+    assert said == "neurons, attentions, mlps, vocabulary, layers may shrink (checked); kv_heads, query_heads, residual stay"
+    assert Loaded(model="m", params=2_000_000, may_shrink=said).line() == f"loaded m: 2.0 M parameters; {said}"
 
 
 def test_what_is_not_admitted_is_refused_in_one_sentence(tmp_path: Path, tokenizer: Any) -> None:

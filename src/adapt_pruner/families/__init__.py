@@ -38,6 +38,7 @@ __all__ = [
     "model_types",
     "sizes",
     "stock_config",
+    "summary",
     "why_unknown",
 ]
 
@@ -61,6 +62,15 @@ def is_known(config: Any) -> bool:
 def family_of(config: Any) -> ModuleType | None:
     """The family file that speaks for a transformers config; None if none does, so that the law has to admit its axes."""
     return next((family for family in all_families() if config.model_type in family.MODEL_TYPES), None)
+
+
+def summary(config: Any) -> str | None:
+    """What a check found that may shrink and what stays, in a line; None where a family file speaks for models of a config."""
+    if family_of(config) is not None:
+        return None
+    verdict = admission.verdict_of(config)
+    stays = f"; {', '.join(verdict.refused)} stay" if verdict.refused else ""
+    return f"{', '.join(verdict.admitted)} may shrink (checked){stays}"
 
 
 def checked() -> dict[str, dict[str, Any]]:

@@ -242,7 +242,7 @@ def _why_not(model: Any, axes: Sequence[Axis], kinds: Sequence[str], ids: Tensor
                     if not torch.allclose(logits, smaller(entering).logits, rtol=ROUNDED, atol=ROUNDED):
                         return "its stock class computes other logits with the smaller config"
         except Exception as error:  # as above
-            return _first_line(error)
+            return f"with fewer it does not run ({_first_line(error)})"
         if not gap <= GAP:
             return f"logits differ by {gap:.1e}"
         if torch.equal(shut, dense):

@@ -105,7 +105,8 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, 
     fresh = recipe.seed if recipe.init == "random" else None
     loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
     dense = count_parameters(loaded.model)
-    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised))
+    checked = families.summary(loaded.model.config)
+    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised, may_shrink=checked))
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
     if (zeros := loaded.weight_mask) is not None:

@@ -205,11 +205,12 @@ class Loaded(Event):
     model: str
     params: Count
     dequantised: str | None = None
+    may_shrink: str | None = None
 
     def line(self, begun: str = "dense") -> str:
-        return f"loaded {self.model}: {millions(self.params)} parameters" + (
-            f", dequantised from {self.dequantised}" if self.dequantised else ""
-        )
+        origin = f", dequantised from {self.dequantised}" if self.dequantised else ""
+        checked = f"; {self.may_shrink}" if self.may_shrink else ""
+        return f"loaded {self.model}: {millions(self.params)} parameters{origin}{checked}"
 
 
 class Find(Event):
