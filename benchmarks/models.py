@@ -60,9 +60,11 @@ def tried(kind: str) -> dict[str, Any] | None:
         unequal = can_save_unequal_layers(tiny)
     except Exception:  # a type that needs a package or a field which is not here
         return None
-    named = families.family_of(config)
     stays = {axis: why for axis, why in verdict.refused.items() if axis != "all"}
-    return {"axes": list(verdict.admitted), "stays": stays, "unequal": unequal, "own_file": named is not None}
+    if families.family_of(config) is None:
+        return {"axes": list(verdict.admitted), "stays": stays, "unequal": unequal, "own_file": False}
+    kinds = {axis.kind for axis in families.axes(tiny)}
+    return {"axes": [kind for kind in admission.KINDS if kind in kinds], "stays": {}, "unequal": unequal, "own_file": True}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

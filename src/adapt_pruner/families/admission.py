@@ -35,7 +35,7 @@ from adapt_pruner.core.system.files import cache_folder, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.families import convention
 
-__all__ = ["Verdict", "Wide", "fingerprint", "random_mask", "shrunk", "tiny_model", "verdict_of"]
+__all__ = ["KINDS", "Verdict", "Wide", "fingerprint", "random_mask", "shrunk", "tiny_model", "verdict_of"]
 
 GAP = 1e-9
 ROUNDED = 1e-4  # of a model built anew, whose positions were computed in float32
@@ -61,7 +61,7 @@ _OF_ONE_FOLDER = {
 }  # fmt: skip
 """Fields that say nothing of the class that builds a model."""
 _LEAST_LAYERS, _MOST_LAYERS = 3, 8
-_KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
+KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def _tried(tiny: Any) -> Verdict:
         axes = convention.axes(model)
     except Exception as error:  # stock code of any type may fail in any way on a tiny model
         return Verdict(refused={"all": _first_line(error)})
-    kinds = [kind for kind in _KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
-    refused = {kind: "its modules are of another kind" for kind in _KINDS if all(axis.kind != kind for axis in axes)}
+    kinds = [kind for kind in KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
+    refused = {kind: "its modules are of another kind" for kind in KINDS if all(axis.kind != kind for axis in axes)}
     refused |= {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
     admitted = [kind for kind in kinds if kind not in refused]
     if why := _why_not(model, axes, admitted, ids, dense):
