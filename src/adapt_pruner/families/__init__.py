@@ -84,7 +84,8 @@ def why_unknown(config: Any) -> str:
     kind = config.model_type
     refused = admission.verdict_of(config).refused
     why = (
-        "; ".join(f"{axis}: {reason}" for axis, reason in refused.items()) or "its modules have other names than those of a Llama"
+        "; ".join(reason if axis == "all" else f"{axis}: {reason}" for axis, reason in refused.items())
+        or "its modules have other names than those of a Llama"
     )
     return (
         f"nothing of a model of type {kind!r} may be removed, as a tiny model of its class shows ({why}); a family file can speak for it: "

@@ -102,7 +102,8 @@ def shrunk(config: Any) -> Any:
     raw = json.loads(config.to_json_string(use_diff=False))
     raw = {key: value for key, value in raw.items() if key not in _OF_ONE_FOLDER}
     depth = _depth(raw)
-    tiny = {**raw, **{key: value for key, value in _SIZES.items() if raw.get(key)}, "num_hidden_layers": depth}
+    named = {config.attribute_map.get(key, key): value for key, value in (_SIZES | {"num_hidden_layers": depth}).items()}
+    tiny = {**raw, **{key: value for key, value in named.items() if raw.get(key)}}
     for key, value in raw.items():
         if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and "layer" in key:
             tiny[key] = value[:depth]
@@ -206,9 +207,12 @@ def _tried(tiny: Any) -> Verdict:
             return Verdict(
                 refused={"all": "its logits are not those of its head, scaled or capped by a known field of its config"}
             )
-        axes = convention.axes(model)
     except Exception as error:  # stock code of any type may fail in any way on a tiny model
         return Verdict(refused={"all": _first_line(error)})
+    try:
+        axes = convention.axes(model)
+    except AttributeError:
+        return Verdict(refused={"all": "its modules have other names than those of a Llama"})
     kinds = [kind for kind in KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
     refused = {kind: "its modules are of another kind" for kind in KINDS if all(axis.kind != kind for axis in axes)}
     refused |= {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
