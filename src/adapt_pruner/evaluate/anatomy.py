@@ -38,7 +38,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
         attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was.
     """
-    axes = families.axes(model)
+    axes = families.declared(model)
     depth = next(axis for axis in axes if axis.name == "layers")
     stack: Any = model.get_submodule(depth.gate.module)
     stayed = (mask.layers_left if mask is not None else None) or list(range(depth.size))

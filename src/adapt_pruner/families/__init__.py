@@ -31,6 +31,7 @@ __all__ = [
     "all_families",
     "axes",
     "checked",
+    "declared",
     "family_of",
     "is_known",
     "is_sliced",
@@ -112,6 +113,11 @@ def axes(model: nn.Module) -> tuple[Axis, ...]:
     if not admitted:
         raise UsageError(why_unknown(model.config))
     return tuple(axis for axis in convention.axes(model) if axis.kind in (*admitted, "layers") or axis.size <= axis.least)
+
+
+def declared(model: nn.Module) -> tuple[Axis, ...]:
+    """Every axis of a model, also those along which it may not shrink; for counting what it is made of."""
+    return axes(model) if family_of(model.config) is not None else convention.axes(model)
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
