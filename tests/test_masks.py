@@ -12,7 +12,7 @@ from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.report.with_card import prune, run
-from conftest import assert_same_model, read_json, tiny_model
+from conftest import as_dicts, assert_same_model, read_json, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_a_run_that_was_stopped_after_the_cut_goes_on(first: Path, tiny_folder: 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(recipe, tmp_path / "stopped", listen=stop)
+        run(recipe, tmp_path / "stopped", listen=as_dicts(stop))
     run(recipe, tmp_path / "stopped")
     assert_same_model(tmp_path / "whole", tmp_path / "stopped")
     assert read_json(tmp_path / "whole" / "model" / "mask.json") == read_json(first / "model" / "mask.json")
