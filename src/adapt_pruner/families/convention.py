@@ -56,6 +56,7 @@ _MLPS = ("mlp", "feed_forward")
 _OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")
 """Linear layers that write to the stream."""
 _FUSED = "gate_up_proj"
+_SUMS = "block_sums"  # of AST, which stand beside the linear layers of a block (`modeling_pruned.BlockSums`)
 _LAST_NORMS = ("norm", "final_layernorm", "embedding_norm")
 _EPS = ("variance_epsilon", "eps")
 _EPS_OF_CONFIG = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
@@ -264,7 +265,7 @@ def _mlp(layer: nn.Module) -> tuple[str, Any]:
 
 def _others(block: nn.Module) -> list[str]:
     """The modules with vectors or matrices in a block that are no linear layers: experts, norms over neurons."""
-    children = [(name, child) for name, child in block.named_children() if not isinstance(child, nn.Linear)]
+    children = [(name, child) for name, child in block.named_children() if not isinstance(child, nn.Linear) and name != _SUMS]
     return [name for name, child in children if any(parameter.numel() > 1 for parameter in child.parameters())]
 
 
