@@ -439,7 +439,7 @@ def test_data_under_stock_tasks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, text_file: Path) -> None:
     (tmp_path / "empty").mkdir()
     cases: list[tuple[list[Any], str]] = [
-        ([], "nothing to measure; give --text for perplexity, --tasks for scores, or both"),
+        ([], "nothing to measure; give --text for perplexity, --chat for answers, --tasks for scores, or several of them"),
         (["--text", text_file, "--limit", 3], "--limit applies only to tasks; name them with --tasks"),
         (["--tasks", "piqa", "--max-windows", 3], "--max-windows applies only to a text; name it with --text"),
         (["--tasks", "piqa", "--window", 512], "--window applies only to a text; name it with --text"),

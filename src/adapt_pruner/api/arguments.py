@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib
 import inspect
 import re
 import shutil
@@ -146,6 +147,9 @@ def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with warnings.catch_warnings():  # transformers imports this, which asks for notebook widgets that nothing here needs
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            importlib.import_module("tqdm.auto")
         try:
             for name, value in signature.bind(*args, **kwargs).arguments.items():
                 _check(name, value, signature.parameters[name].annotation)
@@ -230,9 +234,7 @@ def _outside() -> int:
 @contextmanager
 def heard(listen: Listener | None, *, progress: bool) -> Iterator[Callable[[Event], None]]:
     """A listener that shows progress, or turns warnings into Python's, and tells `listen`; transformers is quiet meanwhile."""
-    with warnings.catch_warnings():  # tqdm, which transformers imports, asks for notebook widgets that nothing here needs
-        warnings.filterwarnings("ignore", message="IProgress not found")
-        from transformers.utils import logging
+    from transformers.utils import logging
 
     from adapt_pruner.core.system import world
     from adapt_pruner.report.screen import screen
