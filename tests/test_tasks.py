@@ -443,7 +443,7 @@ def test_bad_input_in_a_sentence(ask: Any, tiny_folder: Path, tmp_path: Path, te
         (["--text", text_file, "--limit", 3], "--limit applies only to tasks; name them with --tasks"),
         (["--tasks", "piqa", "--max-windows", 3], "--max-windows applies only to a text; name it with --text"),
         (["--tasks", "piqa", "--window", 512], "--window applies only to a text; name it with --text"),
-        (["--text", text_file, "--window", 0], "window 0 predicts nothing; give at least 2 tokens"),
+        (["--text", text_file, "--window", 0], "Invalid value for '--window'"),
         (["--tasks", "piqa", "--limit", 0], "Invalid value for '--limit'"),
         (["--tasks", "piqa", "--num-fewshot", -1], "Invalid value for '--num-fewshot'"),
     ]
