@@ -62,9 +62,9 @@ def tried(kind: str) -> dict[str, Any] | None:
         return None
     stays = {axis: why for axis, why in verdict.refused.items() if axis != "all"}
     if families.family_of(config) is None:
-        return {"axes": list(verdict.admitted), "stays": stays, "unequal": unequal, "own_file": False}
+        return {"axes": list(verdict.admitted), "stays": stays, "unequal": unequal}
     kinds = {axis.kind for axis in families.axes(tiny)}
-    return {"axes": [kind for kind in admission.KINDS if kind in kinds], "stays": {}, "unequal": unequal, "own_file": True}
+    return {"axes": [kind for kind in admission.KINDS if kind in kinds], "stays": {}, "unequal": unequal}
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from adapt_pruner.core.system.strict_json import read_json, to_json
 
-__all__ = ["stock_type", "write_compatible_names"]
+__all__ = ["stock_name", "stock_type", "write_compatible_names"]
 
 _PREFIX = "pruned_"  # the same as in modeling_pruned.py
 _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
@@ -31,6 +31,11 @@ def write_compatible_names(folder: Path) -> None:
         path = folder / name
         if path.is_file():
             path.write_text(to_json(dict(sorted(change(read_json(path)).items())), indent=2) + "\n", encoding="utf-8")
+
+
+def stock_name(name: str) -> str:
+    """The name of the class of transformers that a class of ours stands on; any other name as it is."""
+    return name.removeprefix("Pruned").removeprefix("Sliced")
 
 
 def stock_type(config: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.compatible_names import stock_type
+from adapt_pruner.checkpoint.compatible_names import stock_name, stock_type
 from adapt_pruner.checkpoint.save import needs_own_code
 from adapt_pruner.checkpoint.untrusted import code_in, without_code
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
@@ -102,7 +102,7 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
         return
     named = raw.get("architectures") or []
     if model_type in causal:
-        stock = [str(architecture).removeprefix("Pruned").removeprefix("Sliced") for architecture in named]
+        stock = [stock_name(str(architecture)) for architecture in named]
         is_causal = not named or causal[model_type] in stock  # else an encoder, or a decoder saved without its head
     else:
         is_causal = "AutoModelForCausalLM" in (raw.get("auto_map") or {})

@@ -25,7 +25,7 @@ import torch
 from transformers import GenerationConfig
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.compatible_names import write_compatible_names
+from adapt_pruner.checkpoint.compatible_names import stock_name, write_compatible_names
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
@@ -233,7 +233,7 @@ def needs_own_code(config: Any) -> bool:
 
 def stock_class(model: Any) -> str:
     """The name of the stock class that a model is or comes from."""
-    return type(model).__name__.removeprefix("Pruned").removeprefix("Sliced")
+    return stock_name(type(model).__name__)
 
 
 _COMES_BACK: dict[str, bool] = {}  # of this process, by `admission.fingerprint`

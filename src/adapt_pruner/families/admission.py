@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
+from adapt_pruner.core.model import modeling_pruned
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_left
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.files import cache_folder, write_whole
 from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.errors import first_line
 from adapt_pruner.families import convention
 
 __all__ = ["KINDS", "Verdict", "Wide", "fingerprint", "random_mask", "shrunk", "tiny_model", "verdict_of"]
@@ -61,6 +64,7 @@ _OF_ONE_FOLDER = {
 }  # fmt: skip
 """Fields that say nothing of the class that builds a model."""
 _LEAST_LAYERS, _MOST_LAYERS = 3, 8
+_SAID = 160  # characters of a reason
 KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
 
 
@@ -70,7 +74,7 @@ class Verdict:
 
     Attributes:
         admitted: the kinds of axes on which the law holds.
-        refused: kind -> why not; kinds that such a model does not have are in neither.
+        refused: kind -> why not; `all` -> why nothing may. Kinds of which a tiny model has nothing to remove are in neither.
     """
 
     admitted: tuple[str, ...] = ()
@@ -122,12 +126,12 @@ def _depth(raw: dict[str, Any]) -> int:
     return min(total, max(_LEAST_LAYERS, least), _MOST_LAYERS)
 
 
-def tiny_model(tiny: Any, seed: int = 0) -> Any:
+def tiny_model(tiny: Any) -> Any:
     """A model of a config that `shrunk` made, in float64, with random parameters and persistent buffers."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         with torch.device("meta"):
             count = count_parameters(AutoModelForCausalLM.from_config(copy.deepcopy(tiny)))
         if count > MOST_PARAMETERS:
@@ -164,7 +168,7 @@ def verdict_of(config: Any) -> Verdict:
     try:
         tiny = shrunk(config)
     except Exception as error:  # the config class of any type may refuse in any way
-        return Verdict(refused={"all": _first_line(error)})
+        return Verdict(refused={"all": first_line(error)[:_SAID]})
     name = fingerprint(tiny)
     if name not in _VERDICTS:
         _VERDICTS[name] = _kept(name, tiny)
@@ -173,11 +177,16 @@ def verdict_of(config: Any) -> Verdict:
 
 def fingerprint(tiny: Any) -> str:
     """What decides a verdict: the fields of a config that `shrunk` made, less those that a cut writes, and the code that tries it."""
-    code = b"".join(Path(str(module.__file__)).read_bytes() for module in (convention, sys.modules[__name__]))
     fields = {key: value for key, value in tiny.to_dict().items() if key not in ("head_dim", *_OF_ONE_FOLDER)}
     fields = {key: value for key, value in fields.items() if not key.endswith(("_eps", "_epsilon"))}
-    about = json.dumps([version("transformers"), version("torch"), fields], sort_keys=True, default=str)
-    return hashlib.sha256(code + about.encode()).hexdigest()[:32]
+    return hashlib.sha256(_code() + json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@cache
+def _code() -> bytes:
+    """The code that decides a verdict, and the versions of the libraries that it calls."""
+    ours = [Path(str(module.__file__)).read_bytes() for module in (convention, modeling_pruned, sys.modules[__name__])]
+    return b"".join([*ours, version("transformers").encode(), version("torch").encode()])
 
 
 def _kept(name: str, tiny: Any) -> Verdict:
@@ -208,7 +217,7 @@ def _tried(tiny: Any) -> Verdict:
                 refused={"all": "its logits are not those of its head, scaled or capped by a known field of its config"}
             )
     except Exception as error:  # stock code of any type may fail in any way on a tiny model
-        return Verdict(refused={"all": _first_line(error)})
+        return Verdict(refused={"all": first_line(error)[:_SAID]})
     try:
         axes = convention.axes(model)
     except AttributeError:
@@ -238,15 +247,15 @@ def _why_not(model: Any, axes: Sequence[Axis], kinds: Sequence[str], ids: Tensor
                     shut = model(ids).logits
                 left = num_left(model, axes, mask)
                 cut(smaller, axes, mask)
-                gap = float((smaller(entering).logits - shut[..., tokens]).abs().max())
+                logits = smaller(entering).logits
+                gap = float((logits - shut[..., tokens]).abs().max())
                 again = _built(smaller.config)
                 if again is not None:
                     again.load_state_dict(smaller.state_dict())
-                    logits = again(entering).logits
-                    if not torch.allclose(logits, smaller(entering).logits, rtol=ROUNDED, atol=ROUNDED):
+                    if not torch.allclose(again(entering).logits, logits, rtol=ROUNDED, atol=ROUNDED):
                         return "its stock class computes other logits with the smaller config"
         except Exception as error:  # as above
-            return f"with fewer it does not run ({_first_line(error)})"
+            return f"with fewer it does not run ({first_line(error)[:_SAID]})"
         if not gap <= GAP:
             return f"logits differ by {gap:.1e}"
         if torch.equal(shut, dense):
@@ -270,7 +279,3 @@ def random_mask(axes: Sequence[Axis], seed: int, ids: Tensor | None = None) -> M
         if axis.kind == "vocabulary" and ids is not None:
             kept[axis.name][[*ids.flatten().tolist(), 0, 1, 2]] = True
     return Mask(kept)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:160]

@@ -4,7 +4,7 @@ What a layer holds is read from the names of its modules and the shapes of their
 
     attention   `self_attn` with q_proj, k_proj, v_proj and an output
     MLP         `mlp` (or `feed_forward`), gated, ungated, or with gate and up in one matrix (rows of gate, then of up)
-    norms       before a block, after it, both, or one norm for both blocks (`_NORMS`); x̂ · w or x̂ · (1 + w)
+    norms       before a block, after it, both, or one norm for both blocks (`modeling_pruned.NORMS`); x̂ · w or x̂ · (1 + w)
 
 Axes:
 
@@ -33,28 +33,11 @@ from torch import nn
 
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
+from adapt_pruner.core.model.modeling_pruned import MLPS, OUTPUTS, norms_of
 
 __all__ = ["axes", "heads", "is_sliced", "is_there", "neurons", "residual", "vocabulary", "whole_blocks", "whole_layers"]
 
-_NORMS: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]], ...] = (
-    # of the attention: before, after; of the MLP: before, after
-    (("input_layernorm",), (), ("post_attention_layernorm",), ()),
-    (("attention_layernorm",), (), ("feedforward_layernorm",), ()),
-    (("operator_norm",), (), ("ffn_norm",), ()),
-    (("input_layernorm",), (), ("pre_feedforward_layernorm",), ()),
-    (("input_layernorm",), (), ("pre_ff_layernorm",), ()),
-    (("input_layernorm",), ("post_attention_layernorm",), ("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)),
-    (("input_layernorm",), ("post_attention_layernorm",), ("pre_mlp_layernorm",), ("post_mlp_layernorm",)),
-    (("input_layernorm",), ("post_self_attn_layernorm",), ("post_attention_layernorm",), ("post_mlp_layernorm",)),
-    (("input_layernorm",), ("post_norm1",), ("post_attention_layernorm",), ("post_norm2",)),
-    (("operator_norm",), ("post_operator_norm",), ("ffn_norm",), ("post_ffn_norm",)),
-    ((), ("post_attention_layernorm",), (), ("post_feedforward_layernorm",)),
-)
-_EVERY_NORM = {norm for blocks in _NORMS for norms in blocks for norm in norms}
 _ATTENTIONS = ("self_attn", "linear_attn")
-_MLPS = ("mlp", "feed_forward")
-_OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")
-"""Linear layers that write to the stream."""
 _FUSED = "gate_up_proj"
 _SUMS = "block_sums"  # of AST, which stand beside the linear layers of a block (`modeling_pruned.BlockSums`)
 _LAST_NORMS = ("norm", "final_layernorm", "embedding_norm")
@@ -183,19 +166,13 @@ def blocks(layer: nn.Module) -> dict[str, tuple[str, ...]]:
 
     A norm that both blocks read (Cohere) belongs to neither.
     """
-    before, after, before_mlp, after_mlp = _norms(layer)
+    before, after, before_mlp, after_mlp = norms_of(layer)
     block_modules = {}
     if hasattr(layer, "self_attn"):
         block_modules["attentions"] = (*before, "self_attn", *after)
-    if name := next((name for name in _MLPS if hasattr(layer, name)), ""):
+    if name := next((name for name in MLPS if hasattr(layer, name)), ""):
         block_modules["mlps"] = (*before_mlp, name, *after_mlp)
     return block_modules
-
-
-def _norms(layer: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """The norms of a layer: before and after its attention, before and after its MLP; nothing if their names are not known."""
-    names = {name for name, _ in layer.named_children()} & _EVERY_NORM
-    return next((norms for norms in _NORMS if names == set().union(*norms)), ((), (), (), ()))
 
 
 def is_there(module: Any) -> bool:
@@ -256,7 +233,7 @@ def _attention(layer: nn.Module) -> Any:
 
 def _mlp(layer: nn.Module) -> tuple[str, Any]:
     """The name and the MLP of a layer, if linear layers read the stream and one writes to it; else "", None."""
-    for name in _MLPS:
+    for name in MLPS:
         mlp = getattr(layer, name, None)
         if mlp is not None and _output(mlp) and _inputs(mlp) and not _others(mlp):
             return name, mlp
@@ -271,13 +248,13 @@ def _others(block: nn.Module) -> list[str]:
 
 def _inputs(block: nn.Module) -> list[str]:
     """The linear layers of a block that read the stream."""
-    return [name for name, child in block.named_children() if isinstance(child, nn.Linear) and name not in _OUTPUTS]
+    return [name for name, child in block.named_children() if isinstance(child, nn.Linear) and name not in OUTPUTS]
 
 
 def _output(block: nn.Module) -> str:
     """The linear layer of a block that writes to the stream; empty if there is none."""
     linear = [name for name, child in block.named_children() if isinstance(child, nn.Linear)]
-    return next((name for name in _OUTPUTS if name in linear), "")
+    return next((name for name in OUTPUTS if name in linear), "")
 
 
 def _those_of(module: nn.Module, at: str, *names: str) -> tuple[str, ...]:
@@ -311,12 +288,12 @@ def residual(model: Any) -> list[Axis]:
         columns.append("lm_head.weight")
     for index, layer in enumerate(model.model.layers):
         at = f"model.layers.{index}"
-        names = [norm for norms_of_block in _norms(layer) for norm in norms_of_block]
+        names = [norm for norms_of_block in norms_of(layer) for norm in norms_of_block]
         norms += [f"{at}.{norm}" for norm in names if is_there(getattr(layer, norm))]
         of_layers += _those_of(layer, at, "hidden_size")
-        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *_ATTENTIONS, *_MLPS)):
+        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *_ATTENTIONS, *MLPS)):
             return []
-        for name in (*_ATTENTIONS, *_MLPS):
+        for name in (*_ATTENTIONS, *MLPS):
             block = getattr(layer, name, None)
             if block is None or not is_there(block):
                 continue
@@ -324,7 +301,7 @@ def residual(model: Any) -> list[Axis]:
                 return []
             columns += [f"{at}.{name}.{linear}.weight" for linear in _inputs(block)]
             rows += _parameters(model, f"{at}.{name}.{_output(block)}")
-            of_layers += _those_of(block, f"{at}.{name}", "hidden_size") if name in _MLPS else ()
+            of_layers += _those_of(block, f"{at}.{name}", "hidden_size") if name in MLPS else ()
             if hasattr(block, "q_norm"):
                 inner += [(f"{at}.{name}.{side}_norm.{_eps(block.get_submodule(f'{side}_norm'))}", 1.0) for side in "qk"]
                 inner += [(parameter, 0.5) for side in "qk" for parameter in _parameters(model, f"{at}.{name}.{side}_proj")]

@@ -162,15 +162,20 @@ NORMS = (  # of a layer: those before and after its attention, those before and 
     ((), ("post_attention_layernorm",), (), ("post_feedforward_layernorm",)),
 )
 MLPS = ("mlp", "feed_forward")
-OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")
+OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")  # linear layers that write to the stream
+
+
+def norms_of(layer):
+    """The norms of a layer, as in `NORMS`; nothing if their names are not known."""
+    every = {norm for norms in NORMS for names in norms for norm in names}
+    names = {name for name, _ in layer.named_children()} & every
+    return next((norms for norms in NORMS if names == set().union(*norms)), ((), (), (), ()))
 
 
 def _blocks(layer):
     """What a `skip` of the config names -> the block of a layer, and the norms that go with it."""
-    every = {norm for norms in NORMS for names in norms for norm in names}
-    names = {name for name, _ in layer.named_children()}
-    norms = next((norms for norms in NORMS if names & every == set().union(*norms)), ((), (), (), ()))
-    mlp = next((name for name in MLPS if name in names), "mlp")
+    norms = norms_of(layer)
+    mlp = next((name for name in MLPS if hasattr(layer, name)), "mlp")
     return {"attention": ("self_attn", *norms[0], *norms[1]), "mlp": (mlp, *norms[2], *norms[3])}
 
 
