@@ -292,8 +292,9 @@ def test_stages_share_the_time_as_they_share_the_tokens(recipe: Recipe, tmp_path
     assert rates[-1] < 0.2 * 3e-3
 
 
-def test_time_is_kept_for_the_cuts_to_come(recipe: Recipe) -> None:
+def test_time_is_kept_for_the_cuts_to_come(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two thirds of the parameters have taken 20 s to remove, so the last third takes 10 s, which no earlier stage may use up."""
+    ticking(monkeypatch, each=0.0)
     timed = read(recipe.model_dump() | {"stages": 3, "minutes": 2.0, "budget": "70%"})
     work = Work.of(tiny_model(), timed)
     work.stages = [Stage(1, 900, 1, 0, 100, 1), Stage(2, 800, 1, 0, 100, 1), Stage(3, 700, 1, 0, 200, 1)]

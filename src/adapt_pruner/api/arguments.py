@@ -147,9 +147,7 @@ def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with warnings.catch_warnings():  # transformers imports this, which asks for notebook widgets that nothing here needs
-            warnings.filterwarnings("ignore", message="IProgress not found")
-            importlib.import_module("tqdm.auto")
+        _import_tqdm()
         try:
             for name, value in signature.bind(*args, **kwargs).arguments.items():
                 _check(name, value, signature.parameters[name].annotation)
@@ -159,6 +157,14 @@ def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
             raise
 
     return checked
+
+
+@functools.cache
+def _import_tqdm() -> None:
+    """Import what transformers imports, without its request for notebook widgets, which nothing here needs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        importlib.import_module("tqdm.auto")
 
 
 def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:

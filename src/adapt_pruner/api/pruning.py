@@ -405,9 +405,10 @@ def dry_run(
     """The plan of a run, with its time and memory; nothing is written.
 
     If the weights are on this machine and the run fits its memory, the model is loaded, the texts are found, and a batch of random
-    tokens, forward and backward, probes the speed. Otherwise only config.json is read, and the speed is assumed. `too_large` says
-    that the memory is not enough, and what would be. `time_without` names the work whose time nobody can compute. `minutes` are
-    those of the recipe, which may end its training sooner.
+    tokens, forward and backward, probes the speed. Otherwise only config.json is read, and the speed is assumed.
+
+    The plan's `too_large` says how much memory the run lacks, and names a way that fits. `time_without` names the work whose time
+    nobody can compute. `minutes` are those of the recipe; training may end sooner.
 
     Args:
         recipe: the run.

@@ -1,7 +1,6 @@
 """`feed: fixed`: rows of token ids in an order that is fixed before training and does not depend on the number of processes."""
 
 import bisect
-import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -20,16 +19,21 @@ from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.packing import tokenised
 from adapt_pruner.data.sources import Source, domains, written_nowhere, written_spec
-from adapt_pruner.data.store import Store
+from adapt_pruner.data.store import Kept, Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MOST_REPEATS", "Fixed", "Rows", "Written", "rows_of", "stage_spans", "training_rows", "written_text"]
+__all__ = ["MOST_REPEATS", "Fixed", "Rows", "Written", "goal_of", "rows_of", "stage_spans", "training_rows", "written_text"]
 
 MOST_REPEATS = 10_000
 """Times that a training text may be read."""
 
 Written = Mapping[str, Store]
 """SPEC of a text that the dense model writes, with its part -> what it wrote."""
+
+
+def goal_of(kept: Kept) -> Goal:
+    """What the predictions of rows are to become, of which a model's likeliest tokens are kept."""
+    return Goal(torch.from_numpy(kept.tokens.astype(np.int64)), torch.from_numpy(kept.logs.astype(np.float32)))
 
 
 class Rows:
@@ -44,7 +48,7 @@ class Rows:
     def __init__(self, stores: Sequence[Store], order: NDArray[np.int64], *, names: Sequence[str] = ("",)) -> None:
         """`order` holds row numbers, counted through all stores one after another; `names` are the SPECs of the stores."""
         self._stores, self._names = stores, names
-        self._first = np.cumsum([0, *(len(store.offsets) - 1 for store in stores)])
+        self._first = np.cumsum([0, *(len(store) for store in stores)])
         self._order = order
         lengths = np.concatenate([np.diff(store.offsets) for store in stores])[order]
         self._ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -64,7 +68,7 @@ class Rows:
         for number in self._order[start:stop]:
             which = self._store_of(number)
             store, row = self._stores[which], number - self._first[which]
-            span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
+            span = store.tokens_of(row)
             chosen.append((store.ids[span], None if store.mask is None else store.mask[span]))
         shape = len(chosen), max((len(ids) for ids, _ in chosen), default=0)
         batch, predicted = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
@@ -78,30 +82,14 @@ class Rows:
         found: list[Goal | None] = []
         for number in self._order[start:stop]:
             which = self._store_of(number)
-            store, row = self._stores[which], number - self._first[which]
-            if store.kept is None:
-                found.append(None)
-                continue
-            first, last = self._predicted[which][store.offsets[[row, row + 1]]]
-            of_row = slice(int(first), int(last))
-            found.append(
-                Goal(
-                    torch.from_numpy(store.kept.tokens[of_row].astype(np.int64)),
-                    torch.from_numpy(store.kept.logs[of_row].astype(np.float32)),
-                )
-            )
+            kept = self._stores[which].kept_of(number - self._first[which])
+            found.append(None if kept is None else goal_of(kept))
         return found
 
     @property
     def has_goals(self) -> bool:
         """Whether any of the rows have goals."""
         return any(store.kept is not None for store in self._stores)
-
-    @functools.cached_property
-    def _predicted(self) -> list[NDArray[np.int64]]:
-        """For each store the number of predicted tokens before each of its tokens."""
-        masks = [np.zeros(0, np.bool_) if store.mask is None else store.mask for store in self._stores]
-        return [np.concatenate([[0], np.cumsum(mask)]) for mask in masks]
 
     def num_tokens(self, start: int, stop: int) -> int:
         """Tokens of rows `start` to `stop`, without padding."""
@@ -285,7 +273,7 @@ def training_rows(
         stores.append(store)
         orders.append(first + order)
         places.append((np.arange(len(order)) + random.random(len(order))) / len(order))
-        first += len(store.offsets) - 1
+        first += len(store)
     order = np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
     return Rows(stores, order, names=list(domains(source)))
 

@@ -113,9 +113,7 @@ def read(spec: str) -> Iterator[Document]:
         UsageError: as `documents`, once the faulty place is reached.
     """
     if written_spec(spec) is not None:
-        raise UsageError(
-            f"text {spec!r} is written by the model of a run, and there is none here; name a file, a folder or a data set"
-        )
+        raise written_nowhere(spec)
     base, part = _split(spec)
     kind, _, rest = base.partition(":")
     if kind == "python-docs":  # has a split of its own, whose parts share no paragraph

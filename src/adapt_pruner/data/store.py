@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,24 @@ class Store:
         """Number of rows."""
         return len(self.offsets) - 1
 
+    def tokens_of(self, row: int) -> slice:
+        """Where the tokens of a row lie."""
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def kept_of(self, row: int) -> Kept | None:
+        """What is kept of a row; None if no model wrote it."""
+        if self.kept is None:
+            return None
+        first, last = self._predicted[self.offsets[[row, row + 1]]]
+        of_row = slice(int(first), int(last))
+        return Kept(self.kept.tokens[of_row], self.kept.logs[of_row])
+
+    @cached_property
+    def _predicted(self) -> NDArray[np.int64]:
+        """The number of predicted tokens before each token."""
+        assert self.mask is not None, "tokens are kept of predicted ones"
+        return np.concatenate([[0], np.cumsum(self.mask)])
+
 
 def joined(stores: Sequence[Store], *, chosen: Callable[[int], bool] = lambda row: True) -> Store:
     """The chosen rows of stores whose rows a model wrote, in one store in memory; rows are numbered through all stores."""
@@ -85,23 +104,21 @@ def joined(stores: Sequence[Store], *, chosen: Callable[[int], bool] = lambda ro
     for store in stores:
         if store.mask is None or store.kept is None:  # no conversation of this batch came to its end
             continue
-        before = np.concatenate([[0], np.cumsum(store.mask)])
         for row in range(len(store)):
-            span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
-            if chosen(number):
-                of_row = slice(int(before[span.start]), int(before[span.stop]))
+            if chosen(number) and (kept := store.kept_of(row)) is not None:
+                span = store.tokens_of(row)
                 ids.append(store.ids[span])
                 masks.append(store.mask[span])
                 lengths.append(span.stop - span.start)
-                tokens.append(store.kept.tokens[of_row])
-                logs.append(store.kept.logs[of_row])
+                tokens.append(kept.tokens)
+                logs.append(kept.logs)
             number += 1
     digest = hashlib.sha256("".join(store.digest for store in stores).encode())
     digest.update(np.array(lengths, "<i8").tobytes())
     if not ids:
         return Store(np.zeros(0, "<u4"), np.zeros(1, np.int64), None, digest.hexdigest(), 0)
-    kept = Kept(np.concatenate(tokens), np.concatenate(logs))
-    return Store(np.concatenate(ids), np.cumsum([0, *lengths]), np.concatenate(masks), digest.hexdigest(), 0, kept)
+    both = Kept(np.concatenate(tokens), np.concatenate(logs))
+    return Store(np.concatenate(ids), np.cumsum([0, *lengths]), np.concatenate(masks), digest.hexdigest(), 0, both)
 
 
 def stored(

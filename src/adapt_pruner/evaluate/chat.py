@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.model.precision import precision, uses_bfloat16
-from adapt_pruner.core.system.files import cache_folder, write_whole
-from adapt_pruner.core.system.strict_json import read_json, to_json
+from adapt_pruner.core.system.files import cache_folder
+from adapt_pruner.core.system.strict_json import remembered, to_json
 from adapt_pruner.data.conversations import Template
+from adapt_pruner.data.fixed import goal_of
 from adapt_pruner.data.generation import continued, ends_of
 from adapt_pruner.data.prompts import Measured, Prompt, measured_prompts
 from adapt_pruner.data.store import Store
@@ -82,31 +82,27 @@ def chat_answers(
         return None
     device = next(model.parameters()).device
     made_from = [_FORMAT, whose or fingerprint(model, tokenizer), openings, ends, uses_bfloat16(device, dtype), str(device.type)]
-    folder = (cache or cache_folder()) / "chat"
-    path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
-    answers, saved = _kept(path, len(prompts))
-    if answers is None:
+    path = (cache or cache_folder()) / "chat" / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
+
+    def read(kept: Any) -> tuple[list[list[int]], float]:
+        if len(kept["answers"]) != len(prompts):
+            raise ValueError
+        return kept["answers"], float(kept["seconds"])
+
+    def make() -> dict[str, Any]:
         began = time.perf_counter()
         answers = continued(model, openings, most=LONGEST, ends=[[end] for end in ends], temperature=0.0, seed=0, dtype=dtype)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, to_json({"answers": answers, "seconds": time.perf_counter() - began}))
+        return {"answers": answers, "seconds": time.perf_counter() - began}
+
+    (answers, seconds), cached = remembered(path, read, make)
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return Answers(
         len(prompts),
         tuple(at for at, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if is_right(prompt, text)),
         sum(bool(ids) and ids[-1] in ends for ids in answers),
         sum(map(loops, answers)),
-        saved,
+        seconds if cached else 0.0,
     )
-
-
-def _kept(path: Path, number: int) -> tuple[list[list[int]] | None, float]:
-    """The answers in a file of the cache, None without them, and the seconds that they took."""
-    try:
-        kept = read_json(path)
-        return (kept["answers"], float(kept["seconds"])) if len(kept["answers"]) == number else (None, 0.0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None, 0.0
 
 
 def is_right(prompt: Measured, text: str) -> bool:
@@ -155,17 +151,9 @@ def kl_to_written(model: Any, store: Store, *, dtype: str = "float32") -> float 
     total, count = 0.0, 0
     with precision(device, dtype):
         for row in range(len(store)):
-            span = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
-            ids, mask = (
-                torch.tensor(array[span][None].astype(kind)) for array, kind in ((store.ids, "int64"), (store.mask, "bool"))
-            )
-            of_row = slice(count, count + int(mask.sum()))
-            goal = Goal(
-                *(
-                    torch.tensor(array[of_row].astype(kind))
-                    for array, kind in ((store.kept.tokens, "int64"), (store.kept.logs, "float32"))
-                )
-            )
-            total += float(kl_to_goal(model, ids.to(device), mask.to(device), goal=goal))
-            count = of_row.stop
+            kept, span = store.kept_of(row), store.tokens_of(row)
+            assert kept is not None
+            ids, mask = torch.tensor(store.ids[span].astype("int64")), torch.tensor(store.mask[span])
+            total += float(kl_to_goal(model, ids[None].to(device), mask[None].to(device), goal=goal_of(kept)))
+            count += len(kept.tokens)
     return total / count

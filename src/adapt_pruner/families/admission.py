@@ -16,8 +16,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +32,8 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_left
 from adapt_pruner.core.model.task import CAUSAL_LM
-from adapt_pruner.core.system.files import cache_folder, write_whole
-from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.core.system.files import cache_folder
+from adapt_pruner.core.system.strict_json import remembered
 from adapt_pruner.errors import first_line
 from adapt_pruner.families import convention
 
@@ -170,8 +169,14 @@ def verdict_of(config: Any) -> Verdict:
     except Exception as error:  # the config class of any type may refuse in any way
         return Verdict(refused={"all": first_line(error)[:_SAID]})
     name = fingerprint(tiny)
+
+    def make() -> dict[str, Any]:
+        with torch.device("cpu"):  # a caller may be at work on another device
+            return asdict(_tried(tiny))
+
     if name not in _VERDICTS:
-        _VERDICTS[name] = _kept(name, tiny)
+        path = cache_folder() / "families" / f"{name}.json"
+        _VERDICTS[name], _ = remembered(path, _read, make)
     return _VERDICTS[name]
 
 
@@ -189,19 +194,8 @@ def _code() -> bytes:
     return b"".join([*ours, version("transformers").encode(), version("torch").encode()])
 
 
-def _kept(name: str, tiny: Any) -> Verdict:
-    """The verdict with this fingerprint: from the cache folder, or tried now and kept there where that can be written."""
-    path = cache_folder() / "families" / f"{name}.json"
-    try:
-        kept = read_json(path)
-        return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        with torch.device("cpu"):  # a caller may be at work on another device
-            verdict = _tried(tiny)
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"type": tiny.model_type, "admitted": verdict.admitted, "refused": verdict.refused}))
-    return verdict
+def _read(kept: Any) -> Verdict:
+    return Verdict(tuple(kept["admitted"]), dict(kept["refused"]))
 
 
 def _tried(tiny: Any) -> Verdict:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,16 @@ from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
-__all__ = ["WRITING", "Writing", "held_out_chats", "specs_to_write", "writing_planned", "written_texts"]
+__all__ = [
+    "WRITING",
+    "Writing",
+    "dense_again",
+    "dense_fingerprint",
+    "held_out_chats",
+    "specs_to_write",
+    "writing_planned",
+    "written_texts",
+]
 
 WRITING = 1 / 6
 """Share of a run's minutes that the dense model may write, at most."""
@@ -72,14 +81,14 @@ def held_out_chats(written: Written) -> Store | None:
 
 def _batches(work: Work, base: str, *, begun: bool) -> list[Store]:
     recipe, figures = work.recipe, work.state.figures
-    before = figures.get("written", {}).get(base) or {"whose": fingerprint(work.model, work.tokenizer), "batches": None}
+    before = figures.get("written", {}).get(base) or {"whose": dense_fingerprint(work), "batches": None}
     again = before["batches"] is not None
     in_time = (lambda: again) if again or not world.is_main() else _in_time(recipe)
     stores = written_batches(
         work.model, work.tokenizer, base, whose=before["whose"], texts=recipe.training.written, batches=before["batches"],
         length=recipe.training.length, seed=recipe.seed, dtype=recipe.dtype, warn=work.warn, in_time=in_time,
         on_texts=work.counts("write", what="text to train on" if base == SELF else "conversations"),
-        dense=(lambda: _dense(work)) if begun else None,
+        dense=(lambda: dense_again(work, "what the dense model wrote is no longer in the cache")) if begun else None,
     )  # fmt: skip
     texts = sum(map(len, stores))
     figures["written"] = {**figures.get("written", {}), base: {**before, "batches": len(stores), "texts": texts}}
@@ -98,19 +107,23 @@ def _in_time(recipe: Recipe) -> Callable[[], bool]:
     return in_time
 
 
-def _dense(work: Work) -> Any:
-    """The dense model of a run that has cut its model since.
+def dense_again(work: Work, lost: str) -> Any:
+    """The dense model of a run that has cut its model since, so that it writes once more what is `lost`, in words for people.
 
     Raises:
         UsageError: the run has cut the vocabulary, too.
     """
     if work.recipe.vocabulary is not None:
         raise UsageError(
-            "what the dense model wrote is no longer in the cache and cannot be written again, since the vocabulary of the model has "
-            "been cut; start again in another folder"
+            f"{lost} and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
-    device = next(work.model.parameters()).device
-    return load(work.recipe.model, device=device, trust_remote_code=work.trust_remote_code).model
+    return load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code).model
+
+
+def dense_fingerprint(work: Work) -> str:
+    """What identifies the model that a run began with, if it has been found; else what identifies the model as it is."""
+    found: Mapping[str, Mapping[str, Any]] = work.state.figures.get("written", {})
+    return next((str(text["whose"]) for text in found.values()), "") or fingerprint(work.model, work.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -178,13 +191,11 @@ def writing_planned(work: Work, *, text: str | None, seconds: float | None, text
     if not work.model.can_generate() or work.weight_mask is not None or not (chats or text is None):
         return Writing(SELF, 0)
     speed = _writing_speed(work)
-    base, each, least = (_base(text), _CONVERSATION, _LEAST) if chats else (SELF, work.recipe.training.length, _LEAST)
+    base, each = (_base(text), _CONVERSATION) if chats else (SELF, work.recipe.training.length)
     fitting = _ENOUGH if seconds is None else int(seconds * WRITING * speed / each)
-    number = min(_MOST, fitting) if texts is None else texts
-    why_not = (
-        "" if texts == 0 or number >= least or texts else f"no time, since {least} texts would take {span(least * each / speed)}"
-    )
-    number = 0 if why_not else number
+    number, why_not = min(_MOST, fitting) if texts is None else texts, ""
+    if texts is None and number < _LEAST:
+        number, why_not = 0, f"no time, since {_LEAST} texts would take {span(_LEAST * each / speed)}"
     asked = (FEW if seconds is not None and seconds < _SHORT else MANY) if chats else 0
     answering = 2 * asked * LONGEST / speed
     if seconds is not None and answering > _FOR_ANSWERS * seconds:

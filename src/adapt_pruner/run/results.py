@@ -33,6 +33,7 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.tasks import average, evaluate_tasks
 from adapt_pruner.export.loading import misread
 from adapt_pruner.run import latency
+from adapt_pruner.run.conversations import dense_fingerprint
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
 
@@ -203,15 +204,13 @@ def measure_chat(work: Work, *, stage: int) -> float:
 
     def answered() -> dict[str, Any] | str:
         try:
-            answers = chat_answers(work.model, work.tokenizer, number=number, dtype=work.recipe.dtype)
-            kl = (
-                kl_to_written(work.model, work.data.held_out_chats, dtype=work.recipe.dtype) if work.data.held_out_chats else None
-            )
-            return (
-                "the chat template has no place for a prompt"
-                if answers is None
-                else {**answers.to_dict(), "kl": kl, "saved": answers.saved}
-            )
+            whose = None if stage else dense_fingerprint(work)
+            answers = chat_answers(work.model, work.tokenizer, number=number, dtype=work.recipe.dtype, whose=whose)
+            if answers is None:
+                return "the chat template has no place for a prompt"
+            chats = work.data.held_out_chats
+            kl = None if chats is None else kl_to_written(work.model, chats, dtype=work.recipe.dtype)
+            return {**answers.to_dict(), "kl": kl, "saved": answers.saved}
         except (RunError, UsageError) as error:
             return str(error)
 

@@ -43,7 +43,7 @@ from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
-from adapt_pruner.run.conversations import held_out_chats, specs_to_write, written_texts
+from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to_write, written_texts
 from adapt_pruner.run.estimate import Setup, shapes
 from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT, writing
 from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
@@ -460,15 +460,7 @@ def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, be
         with suppress(OSError, ValueError, KeyError, TypeError):
             if read_json(path)["asked"] == wanted:
                 return
-    writer = work.model
-    if begun:  # the model of the run has been cut since
-        if recipe.vocabulary is not None:
-            raise UsageError(
-                f"{path} is missing and cannot be written again, since the vocabulary of the model has been cut; start again in "
-                "another folder"
-            )
-        writer = load(recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code).model
-    written = _written(work, writer, what, samples=samples, seed=seed)
+    written = _written(work, dense_again(work, f"{path} is missing") if begun else work.model, what, samples=samples, seed=seed)
     with writing(path):
         write_whole(path, to_json({"asked": wanted, "input_ids": written.tolist()}))
 

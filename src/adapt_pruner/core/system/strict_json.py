@@ -3,12 +3,16 @@
 import json
 import math
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
-from adapt_pruner.core.system.files import read_plain
+from adapt_pruner.core.system.files import read_plain, write_whole
 
-__all__ = ["MOST", "is_count", "is_number", "number_of", "of_json", "perplexity_of", "read_json", "to_json"]
+__all__ = ["MOST", "is_count", "is_number", "number_of", "of_json", "perplexity_of", "read_json", "remembered", "to_json"]
+
+_T = TypeVar("_T")
 
 MOST = 10**15
 """Larger than anything that is counted, and than seconds since 1970."""
@@ -54,6 +58,26 @@ def read_json(path: Path) -> Any:
         ValueError: as `of_json`.
     """
     return of_json(read_plain(path).decode("utf-8"))
+
+
+def remembered(path: Path, read: Callable[[Any], _T], make: Callable[[], Any]) -> tuple[_T, bool]:
+    """What a file of the cache holds, or what is made now and kept there, if that can be written.
+
+    Args:
+        path: the file.
+        read: turns its data into what is wanted; raises ValueError, KeyError or TypeError if the file is damaged or of another kind.
+        make: makes the data.
+
+    Returns:
+        What is wanted, and whether it comes from the file.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return read(read_json(path)), True
+    data = make()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, to_json(data))
+    return read(data), False
 
 
 def to_json(data: Any, *, indent: int | None = None) -> str:
