@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    types = options.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    types = sorted(options.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     rows = {kind: row for kind in types if (row := tried(kind))}
     data = {"transformers": version("transformers"), "types": rows}
     FILE.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
