@@ -5,8 +5,6 @@ import subprocess
 import sys
 from typing import Any
 
-__all__ = ["command", "evaluated"]
-
 
 def command(*words: object) -> str:
     """What a call printed; its progress is shown, and where it fails, which it has said itself, the benchmark ends with its status."""

@@ -4,8 +4,6 @@ import os
 import sys
 from fnmatch import fnmatch
 
-__all__ = ["TESTED", "TUNED_ON", "to_tune_on"]
-
 TESTED = {
     "WikiText-2": "../shared/data/wikitext2/test_public.txt",
     "web text": "../shared/data/corpus/web_owt/*.jsonl.gz#heldout",

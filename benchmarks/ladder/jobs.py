@@ -28,8 +28,6 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe import read as read_recipe
 from adapt_pruner.run import loop
 
-__all__ = ["Job", "Ladder", "lr_of"]
-
 END = "<|endoftext|>"
 BYTES_A_TOKEN = 4  # of text kept for training, at least: tokens of these vocabularies have 2.5 to 3.5
 

@@ -18,8 +18,6 @@ from adapt_pruner.report.charts import Lines, Series
 from adapt_pruner.report.paper import write_pictures
 from adapt_pruner.report.template import environment
 
-__all__ = ["LEVEL", "Judged", "holm", "judged", "p_of", "tables", "write_report"]
-
 Result = Mapping[str, Any]
 Key = tuple[str, str, float]  # rung, arm, tokens a parameter
 

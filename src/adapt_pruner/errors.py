@@ -12,8 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import TypeVar
 
-__all__ = ["RunError", "UsageError", "first_line", "is_of_all", "is_out_of_memory", "nearest", "of_all"]
-
 
 class UsageError(ValueError):
     """The request cannot be met as it is; the message says what to change."""

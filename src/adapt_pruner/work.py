@@ -34,8 +34,6 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.score.calibrate import Evidence, mean_loss
 from adapt_pruner.train.loop import Step, TrainState
 
-__all__ = ["Change", "Passes", "Reduction", "RunData", "RunState", "Stage", "TextUse", "TrainingSpan", "Work", "check_training"]
-
 
 @dataclass(frozen=True)
 class Change:

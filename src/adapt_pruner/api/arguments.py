@@ -26,10 +26,6 @@ from adapt_pruner.errors import RunError, UsageError
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "Count", "Keeper", "Listener", "Model", "Name", "Place", "Saved", "Settings", "Size", "Spec", "Takes", "Text", "Window", "as_overrides", "heard",
-    "in_python", "named", "placed", "takes_of",
-]  # fmt: skip
 
 Listener = Callable[[dict[str, Any]], None]
 """A function of the user that is told of every event, as plain data."""

@@ -10,8 +10,6 @@ from adapt_pruner.api.arguments import Takes
 from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.errors import UsageError, nearest
 
-__all__ = ["bench"]
-
 _ENGINES = ("torch", "llama.cpp")
 _MOST_ROWS = 2**16
 Tokens = Annotated[int, Takes("a number of tokens", None, int, least=1, most=2**17)]

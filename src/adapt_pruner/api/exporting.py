@@ -7,8 +7,6 @@ from adapt_pruner.api.arguments import Listener, Model, Place, Takes, heard, in_
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.export import check_form, forms
 
-__all__ = ["export"]
-
 
 @in_python
 def export(

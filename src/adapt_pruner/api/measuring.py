@@ -24,8 +24,6 @@ from adapt_pruner.api.arguments import (
 from adapt_pruner.core.events.words import answered, score
 from adapt_pruner.core.system.files import expanded
 
-__all__ = ["Comparison", "Evaluation", "Verification", "chat", "compare", "evaluate", "verify"]
-
 Draws = Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1, most=1000)]
 Files = Annotated[str | Path | Sequence[str | Path], Takes("one file or several, as str or Path", "FILE", list[Path])]
 Patterns = Annotated[str | Sequence[str], Takes('patterns such as ["50%", "2:4"]', "50%,2:4")]

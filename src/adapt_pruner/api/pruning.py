@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from adapt_pruner.core.model.axes import Mask
     from adapt_pruner.recipe import Recipe
 
-__all__ = ["Result", "dry_run", "prune", "run", "shrink"]
 
 Latency = Annotated[str, Takes('a share of the dense model\'s time such as "0.7x"', "0.7x")]
 Sparsity = Annotated[str, Takes('a share of zeros such as "50%", or a pattern such as "2:4"', "50%|2:4")]

@@ -19,8 +19,6 @@ from typing import Any
 
 from adapt_pruner.core.system.strict_json import read_json, to_json
 
-__all__ = ["stock_name", "stock_type", "write_compatible_names"]
-
 _PREFIX = "pruned_"  # the same as in modeling_pruned.py
 _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
 

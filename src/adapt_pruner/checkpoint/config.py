@@ -17,8 +17,6 @@ from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
-__all__ = ["blaming", "model_class", "pass_on_memory", "random_model", "read_config"]
-
 _COUNT = re.compile(r"num_\w+|\w+_size|\w+_dim")
 _LONGEST = 60  # characters of a value that a sentence repeats
 

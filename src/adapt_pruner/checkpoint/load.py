@@ -39,8 +39,6 @@ from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["PACKAGED", "Loaded", "Packaged", "has_weights", "load", "load_shapes", "locate", "pick_device"]
-
 
 @dataclass(frozen=True)
 class Packaged:

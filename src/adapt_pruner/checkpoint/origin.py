@@ -13,8 +13,6 @@ from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.core.system.terminal import one_line
 from adapt_pruner.errors import UsageError
 
-__all__ = ["origin", "said_of_base"]
-
 _SAID = ("name", "hub", "file", "license", "license_name", "license_link", "license_from")
 _HUB_ID = r"[\w.-]+/[\w.-]+"
 _LICENSE_KEYS = ("license", "license_name", "license_link")

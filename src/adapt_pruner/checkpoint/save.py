@@ -37,23 +37,6 @@ from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.families import admission
 
-__all__ = [
-    "SHARD_BYTES",
-    "can_save_unequal_layers",
-    "check_empty",
-    "check_finite",
-    "check_fits",
-    "check_target",
-    "needs_own_code",
-    "or_unwritten",
-    "save",
-    "save_unchecked",
-    "stock_class",
-    "unwritten",
-    "whole_or_nothing",
-    "write_generation_config",
-]
-
 SHARD_BYTES = 50_000_000_000  # the most bytes that transformers writes into one weight file
 
 

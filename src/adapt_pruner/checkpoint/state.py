@@ -24,8 +24,6 @@ from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 
-__all__ = ["identity", "load_state", "read_state", "save_state", "start_of"]
-
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _PIECES, _PIECE = 64, 2**16  # pieces of a large file that are hashed, and bytes of each
 

@@ -17,8 +17,6 @@ from adapt_pruner.core.system.files import check_regular
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["check_files", "check_plain", "check_weights", "code_in", "found", "shards_in", "stored_dtype", "without_code"]
-
 _WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of files that are read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 _INDEX = "model.safetensors.index.json"

@@ -21,8 +21,6 @@ from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
-__all__ = ["kept_tokens", "smaller_tokenizer"]
-
 _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 _SPACE = "▁"  # SentencePiece's space; if it were spelled in bytes, it would be read back as this character
 _TALK = ({"role": "system", "content": ""}, {"role": "user", "content": ""}, {"role": "assistant", "content": ""})

@@ -19,8 +19,6 @@ from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
 from adapt_pruner.core.system.strict_json import of_json, to_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["read_weight_mask", "write_weight_mask"]
-
 
 def write_weight_mask(mask: WeightMask, folder: Path) -> None:
     """Write a mask into a model folder under construction."""

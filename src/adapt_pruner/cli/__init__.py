@@ -33,8 +33,6 @@ from adapt_pruner.core.system.files import disk_full_reason, expanded
 from adapt_pruner.core.system.terminal import filtered
 from adapt_pruner.errors import RunError, UsageError, is_of_all, is_out_of_memory
 
-__all__ = ["app", "main", "program"]
-
 
 class _PlainHelp:
     """Show no <bool> beside a flag in --help."""

@@ -16,8 +16,6 @@ from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.core.system.terminal import console, visible
 from adapt_pruner.errors import UsageError
 
-__all__ = ["chat"]
-
 _NARROW = 100  # columns of a terminal below which answers stand below each other
 
 

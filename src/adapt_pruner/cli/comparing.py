@@ -13,8 +13,6 @@ from adapt_pruner.cli.tables import print_table
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError
 
-__all__ = ["bench", "compare"]
-
 
 @options_of(measuring.compare)
 def compare(

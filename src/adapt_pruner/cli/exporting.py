@@ -15,8 +15,6 @@ from adapt_pruner.core.events.words import typed
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
-__all__ = ["card", "export", "push"]
-
 
 @options_of(exporting.export)
 def export(

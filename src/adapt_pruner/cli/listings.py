@@ -10,8 +10,6 @@ from adapt_pruner.cli.tables import print_table
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
-__all__ = ["inspect", "methods", "models", "recipes"]
-
 
 def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
     """Show heads, KV heads, neurons and parameters of each layer of MODEL.

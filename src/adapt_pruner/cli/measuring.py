@@ -17,8 +17,6 @@ from adapt_pruner.errors import RunError, UsageError
 if TYPE_CHECKING:
     from adapt_pruner.evaluate.tasks import TaskScore
 
-__all__ = ["evaluate", "verify"]
-
 
 @options_of(measuring.evaluate, without="model")
 def evaluate(

@@ -13,8 +13,6 @@ import typer
 
 from adapt_pruner.api.arguments import Takes, takes_of
 
-__all__ = ["Json", "Model", "Set", "TrustRemoteCode", "options_of", "written_to"]
-
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id, or packaged model such as smollm2-135m-instruct.")
 ]

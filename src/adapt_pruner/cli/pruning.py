@@ -22,7 +22,6 @@ from adapt_pruner.core.system.strict_json import to_json
 if TYPE_CHECKING:
     from adapt_pruner.recipe import Recipe
 
-__all__ = ["prune", "run", "shrink"]
 
 _SHOWN_BYTES = 2**30 / 200  # anything smaller rounds to 0.00 GiB
 

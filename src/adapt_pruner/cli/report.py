@@ -12,8 +12,6 @@ from adapt_pruner.errors import UsageError, first_line
 if TYPE_CHECKING:
     from adapt_pruner.report.charts import Chart
 
-__all__ = ["report"]
-
 
 def report(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Folder of a run, finished or not, or of a comparison.")],

@@ -9,8 +9,6 @@ from rich.table import Table
 
 from adapt_pruner.core.system.terminal import console, fitted, visible, wrapped
 
-__all__ = ["print_table", "said_perplexities"]
-
 _GAP = 2  # columns between two of a table
 _WORDS = 24  # least width of a column of words, unless its words are shorter
 

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from adapt_pruner.core.events import Event
     from adapt_pruner.report.screen import Screen
 
-__all__ = ["watch"]
 
 _POLL = 1.0  # seconds
 _SILENT = 600.0  # seconds without a new line before `watch` mentions it

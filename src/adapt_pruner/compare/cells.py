@@ -28,8 +28,6 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.recipe import Recipe
 
-__all__ = ["measure", "measure_beside", "prune_apart", "release"]
-
 _PATIENCE = 30.0  # seconds that a process may tidy up after it is told to stop
 
 

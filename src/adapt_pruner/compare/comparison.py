@@ -52,8 +52,6 @@ from adapt_pruner.report.paper import has_png, write_pictures
 from adapt_pruner.run.start import room
 from adapt_pruner.work import Work
 
-__all__ = ["compare"]
-
 _KIND = "comparison"
 _MAX_HUB_DOCUMENTS = 10_000  # documents of a hub data set that show whether it has changed
 

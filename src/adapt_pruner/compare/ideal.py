@@ -12,8 +12,6 @@ from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.run.estimate import Shapes, bytes_moved, multiply_adds
 
-__all__ = ["PHASES", "Phase", "Weights", "ideal_speed_up", "of_gguf"]
-
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 

@@ -6,8 +6,6 @@ from pathlib import Path
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import check_precision
 
-__all__ = ["WINDOW", "Measures"]
-
 WINDOW = 512
 """Tokens in an evaluation window, unless the user gives another number."""
 

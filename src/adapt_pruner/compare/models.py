@@ -21,8 +21,6 @@ from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
 
-__all__ = ["measured"]
-
 
 def measured(
     models: Sequence[str], how: Measures, *, listen: Listener = lambda event: None

@@ -14,8 +14,6 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import ALIASES, Recipe, read
 from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
 
-__all__ = ["Cell", "Request"]
-
 _KEYS = {
     "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
     "device": "--device", "dtype": "--dtype",

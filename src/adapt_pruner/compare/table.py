@@ -10,8 +10,6 @@ from adapt_pruner.core.events.words import counted, shown
 from adapt_pruner.core.system.strict_json import perplexity_of
 from adapt_pruner.report.comparison import failures, label, num_draws, texts_in_words, tokens_note
 
-__all__ = ["markdown", "rows_of", "table"]
-
 _NOTE = 72  # the most characters of a reason in the table; compare.md has it in full
 
 

@@ -17,8 +17,6 @@ from adapt_pruner.core.events import Listener, Load, Progress, Warned
 from adapt_pruner.core.system.processes import Child, module, talking
 from adapt_pruner.errors import RunError, UsageError
 
-__all__ = ["LOADS", "Spread", "as_gguf", "loaded_in_turn", "speeds"]
-
 LOADS = 3  # how often each model is loaded, each time in a new process
 
 

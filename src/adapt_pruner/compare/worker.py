@@ -22,8 +22,6 @@ from typing import Any
 from adapt_pruner.core.system.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.errors import RunError, UsageError, first_line
 
-__all__ = ["Runner", "llama_cpp_runner", "main", "torch_runner"]
-
 Runner = Callable[[Sequence[Sequence[int]], int], tuple[float, float]]
 """rows of token ids of one length, n -> seconds to read them, and to write n more tokens in each row."""
 

@@ -12,8 +12,6 @@ from adapt_pruner.data.sources import Source
 from adapt_pruner.data.tokens import text_bytes
 from adapt_pruner.data.windows import calibration_feed, held_out_by_text
 
-__all__ = ["CausalLM"]
-
 
 @part("task")
 class CausalLM(task.CausalLM):

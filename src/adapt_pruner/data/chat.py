@@ -7,8 +7,6 @@ from adapt_pruner.core.system.chat_template import ChatTemplateError, Rendered, 
 from adapt_pruner.data.sources import Document
 from adapt_pruner.errors import UsageError
 
-__all__ = ["encode_chats"]
-
 
 def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[int], list[bool]]]:
     """Each conversation's token ids, and for each token whether the assistant says it.

@@ -28,8 +28,6 @@ from adapt_pruner.data.sources import SELF, SELF_CHAT, parts_of, read
 from adapt_pruner.data.store import Chunk, Kept, Store, joined, stored
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BATCH", "HELD_OUT", "Template", "kept_logits", "of_part", "prompts_for", "written_batches"]
-
 BATCH = 32
 """Texts that are written at a time."""
 HELD_OUT = 10

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Passages"]
-
 _RUN = 100  # bytes of a passage, about 16 words: two texts do not share so many by chance
 _SAMPLED = 4  # one passage in this many is kept, chosen by its hash, so that every text keeps the same ones
 _BLOCK = 2**18  # bytes that are hashed at a time

@@ -20,8 +20,6 @@ from adapt_pruner.core.system.strict_json import is_number, read_json, to_json
 from adapt_pruner.data.fixed import Fixed, Rows, Span
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Dynamic", "fitted"]
-
 
 @dataclass(frozen=True)
 class _Drawn(Span):

@@ -22,8 +22,6 @@ from adapt_pruner.data.sources import Source, domains, written_nowhere, written_
 from adapt_pruner.data.store import Kept, Store
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MOST_REPEATS", "Fixed", "Rows", "Written", "goal_of", "rows_of", "stage_spans", "training_rows", "written_text"]
-
 MOST_REPEATS = 10_000
 """Times that a training text may be read."""
 

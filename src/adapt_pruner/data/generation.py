@@ -9,8 +9,6 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from adapt_pruner.core.model.precision import casting_once, precision, refuse_nonfinite
 
-__all__ = ["continued", "ends_of"]
-
 _LONGER, _APART = (
     2.0,
     64,

@@ -14,8 +14,6 @@ from adapt_pruner.core.system.files import expanded
 from adapt_pruner.data.copies import Passages
 from adapt_pruner.data.sources import Source, beginning, domains, parts_of, pieces, written_spec
 
-__all__ = ["Overlap", "of_kind", "overlaps", "same_kind", "same_tokens"]
-
 _NAMED = 3
 _COPIED = 0.5  # share of a passage that stands in the other text, from which on it is shared
 _RUN = 32  # consecutive tokens that two texts do not share by chance

@@ -15,8 +15,6 @@ from adapt_pruner.data.store import Chunk, Store, stored
 from adapt_pruner.data.tokens import opening
 from adapt_pruner.errors import UsageError
 
-__all__ = ["tokenised"]
-
 T = TypeVar("T")
 _CHARACTERS = 2**20  # characters tokenised at one time
 _LEAST = 2**18  # tokens kept of a text, if it has as many

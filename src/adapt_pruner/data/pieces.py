@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ids_in_pieces"]
-
 _PIECE = 2**17  # characters encoded at one time; a tokenizer meanwhile needs some 165 bytes per character
 _OVERLAP = 2**12  # characters that two pieces share
 

@@ -12,8 +12,6 @@ import yaml
 
 from adapt_pruner.data.sources import Document
 
-__all__ = ["Measured", "Prompt", "is_measured", "measured_prompts", "our_prompts", "prompts_of"]
-
 _HERE = Path(__file__).parent
 _RUN = 3  # words; a prompt that shares most of a measured prompt's runs of so many words is a near copy of it
 _COPIED, _LONGER = 0.6, 3

@@ -15,8 +15,6 @@ from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
-__all__ = ["hub", "hub_revision", "local", "stamp"]
-
 Row = tuple[str, str | list[Mapping[str, Any]]]
 _SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".parquet")
 _WHOLE = (".txt", ".md")  # of which a file is one document

@@ -10,8 +10,6 @@ from transformers import GenerationConfig, LogitsProcessorList
 from adapt_pruner.core.model.precision import casting_once, precision, refuse_nonfinite
 from adapt_pruner.data.tokens import opening
 
-__all__ = ["selfwritten_windows"]
-
 _BATCH = 32
 _TOLD = 8  # tokens of each sequence between two reports of progress
 

@@ -37,10 +37,6 @@ from adapt_pruner.data import readers
 from adapt_pruner.data.copies import Passages
 from adapt_pruner.errors import UsageError
 
-__all__ = [
-    "MAX_HUB_DOCUMENTS", "SELF", "SELF_CHAT", "Document", "Source", "beginning", "documents", "domains", "identity", "parts_of", "pieces", "read", "texts", "written_nowhere", "written_spec",
-]  # fmt: skip
-
 SELF, SELF_CHAT = "self", "self-chat"
 Source = str | Mapping[str, float]
 """A SPEC, or a mixture: SPEC -> its weight, positive; weights need not sum to 1."""

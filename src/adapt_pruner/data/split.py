@@ -10,8 +10,6 @@ from adapt_pruner.data.chat import encode_chats
 from adapt_pruner.data.sources import SELF, Document, domains, parts_of, read
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Split", "specs_of", "split_off_heldout"]
-
 _ENDLESS = 10**12  # characters of a data set that is streamed
 _PLENTY = 500_000  # characters of a held-out part; more are not counted
 _SAMPLE, _CHATS = 100_000, 200  # characters of a text, or conversations, that are tokenised for an estimate

@@ -16,8 +16,6 @@ from adapt_pruner.core.system.files import cache_folder, folder_beside, named, r
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError
 
-__all__ = ["Chunk", "Kept", "Store", "joined", "stored"]
-
 _FORMAT = 3  # of the rows too: a new rule for making rows needs a new number
 _FILES = {"ids": "ids.bin", "offsets": "offsets.bin", "mask": "mask.bin", "tokens": "kept-tokens.bin", "logs": "kept-logs.bin"}
 

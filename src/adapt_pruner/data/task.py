@@ -9,8 +9,6 @@ from adapt_pruner.core.model.task import Task
 from adapt_pruner.data.fixed import Rows
 from adapt_pruner.data.sources import Source
 
-__all__ = ["TextTask"]
-
 
 class TextTask(Task, Protocol):
     """What a model learns: a class with `@part("task")`, one per file of `data/`. A recipe names it by its file.

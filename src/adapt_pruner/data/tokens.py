@@ -17,18 +17,6 @@ from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.errors import UsageError
 
-__all__ = [
-    "batches_of",
-    "calibration_ids",
-    "calibration_windows",
-    "digest_of",
-    "evaluation_windows",
-    "in_other_tokens",
-    "joined_windows",
-    "opening",
-    "text_bytes",
-]
-
 _JOINT = "\n\n"
 
 

@@ -10,8 +10,6 @@ from adapt_pruner.data.pieces import ids_in_pieces
 from adapt_pruner.data.sources import Source, documents, domains, written_spec
 from adapt_pruner.errors import UsageError
 
-__all__ = ["token_uses"]
-
 _TEXTS = 256  # documents tokenised at a time
 _SHORT = 2**14  # characters; a longer document is tokenised alone, piece by piece
 

@@ -17,8 +17,6 @@ from adapt_pruner.data.sources import MAX_HUB_DOCUMENTS, SELF, Source, beginning
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, joined_windows
 from adapt_pruner.errors import UsageError
 
-__all__ = ["MICRO_TOKENS", "calibration_feed", "held_out_by_text", "held_out_windows", "text_batches", "too_long"]
-
 MICRO_TOKENS = 256  # calibration tokens in one forward and backward pass: activations take about 1 MB a token in a 135M model
 
 

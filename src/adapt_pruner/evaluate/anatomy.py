@@ -11,8 +11,6 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.weight_mask import count_nonzero
 
-__all__ = ["anatomy", "decoder_parameters"]
-
 
 def decoder_parameters(model: nn.Module) -> int:
     """Parameters of all decoder layers together, without embeddings, head and final norm.

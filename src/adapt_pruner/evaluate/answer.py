@@ -12,8 +12,6 @@ from adapt_pruner.core.model.precision import precision, refuse_nonfinite
 from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
 
-__all__ = ["LONGEST", "PROMPTS", "Answer", "answer", "check_asked"]
-
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
 """The prompts of a run for a chat model, unless its recipe has others."""
 LONGEST = 48

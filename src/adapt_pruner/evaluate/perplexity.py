@@ -16,8 +16,6 @@ from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.strict_json import perplexity_of
 
-__all__ = ["Perplexity", "perplexity"]
-
 
 @dataclass(frozen=True)
 class Perplexity:

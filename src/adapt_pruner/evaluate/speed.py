@@ -11,9 +11,6 @@ from torch import Tensor
 
 from adapt_pruner.core.model.precision import casting_once, precision
 
-__all__ = ["forward_speed", "reading_and_writing"]
-
-
 _ROUNDS = 5  # timed passes of each model
 
 

@@ -24,8 +24,6 @@ from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.evaluate import packaged_tasks
 
-__all__ = ["SUITES", "Wanted", "as_lm_eval_does", "check_tasks", "find_tasks", "lm_eval"]
-
 SUITES: Mapping[str, tuple[str, ...]] = {
     "commonsense": (
         "arc_easy", "arc_challenge", "boolq", "hellaswag", "openbookqa", "piqa", "social_iqa", "winogrande",

@@ -24,8 +24,6 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
-__all__ = ["TaskScore", "average", "evaluate_tasks", "fingerprint", "retention", "set_shots"]
-
 _FORMAT = 2  # version of the kept scores and of how they are computed
 _BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean; for a mean there is a formula
 _ACCURACIES = ("acc_norm", "acc")

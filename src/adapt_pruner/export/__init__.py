@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # an unknown form is reported before torch is loaded
     from adapt_pruner.checkpoint.load import Loaded
     from adapt_pruner.export.engines import Engine
 
-__all__ = ["Form", "check_form", "export", "form_of", "forms"]
 
 _MOVES_ZERO = ("q5_k_m", "q5_k_s", "q5_1", "q4_k_m", "q4_k_s", "q4_1", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k")
 """GGUF types of which zero need not be a value: blocks of a minimum and steps, or, in some matrices or in rows that are no multiple of

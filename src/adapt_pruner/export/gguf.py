@@ -40,8 +40,6 @@ from adapt_pruner.export.gguf_tokenizer import add_tokenizer
 from adapt_pruner.export.loading import GGUF_TYPES, misread, not_computed, ropes_of
 from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
 
-__all__ = ["ABOUT", "PADS", "QUANTS", "holds", "loading", "opened", "write"]
-
 ABOUT = "one file for llama.cpp and what is built on it"
 
 _PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -13,8 +13,6 @@ from typing import Any
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["add_tokenizer"]
-
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's token types
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -10,8 +10,6 @@ from typing import Any
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
 
-__all__ = ["file_types", "library", "plain_kernels", "quantise"]
-
 _ERROR = 4  # ggml's log level
 _errors: list[str] = []
 

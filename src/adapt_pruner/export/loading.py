@@ -5,19 +5,6 @@ from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
 
-__all__ = [
-    "GGUF_TYPES",
-    "in_transformers",
-    "in_vllm",
-    "layers_of",
-    "loading",
-    "misread",
-    "no_gguf",
-    "not_computed",
-    "not_in_mlx",
-    "ropes_of",
-]
-
 GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
 _LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does

@@ -26,8 +26,6 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of
 
-__all__ = ["ABOUT", "LIBRARY", "holds", "loading", "opened", "write"]
-
 ABOUT = "an ONNX graph in float32, without a cache"
 LIBRARY = "onnx"
 

@@ -16,17 +16,6 @@ from adapt_pruner import families
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError
 
-__all__ = [
-    "LayerSizes",
-    "accepted",
-    "check_layers",
-    "layer_sizes",
-    "padded_weights",
-    "still_fitting",
-    "stock_model",
-    "widest",
-]
-
 _NO_MASK = (
     "padding changes the shape of layers that have zeros, so this folder has no mask over weights, and training would fill the zeros; "
     "train the checkpoint itself"

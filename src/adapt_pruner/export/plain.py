@@ -16,8 +16,6 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import in_transformers, in_vllm, not_in_mlx
 
-__all__ = ["holds", "loading", "loading_padded", "opened"]
-
 
 def holds(artefact: Path) -> bool:
     """Whether it has a config.json. Folders of other forms may have one too, so those forms are asked first."""

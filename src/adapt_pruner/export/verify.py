@@ -33,8 +33,6 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import form_of, forms, plain
 from adapt_pruner.export.engines import Engine, torch_engine
 
-__all__ = ["TOLERANCES", "Tolerance", "bits_per_byte", "opened", "prove", "verify", "zeros_of"]
-
 _PROMPT, _WRITTEN = 16, 32  # tokens of a prompt, and tokens written after it
 _PROMPTS = 4
 _PIECES = 200

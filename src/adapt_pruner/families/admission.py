@@ -37,8 +37,6 @@ from adapt_pruner.core.system.strict_json import remembered
 from adapt_pruner.errors import first_line
 from adapt_pruner.families import convention
 
-__all__ = ["KINDS", "Verdict", "Wide", "fingerprint", "random_mask", "shrunk", "tiny_model", "verdict_of"]
-
 GAP = 1e-9
 ROUNDED = 1e-4  # of a model built anew, whose positions were computed in float32
 SEEDS = (1, 2)

@@ -35,8 +35,6 @@ from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.core.model.modeling_pruned import MLPS, OUTPUTS, norms_of
 
-__all__ = ["axes", "heads", "is_sliced", "is_there", "neurons", "residual", "vocabulary", "whole_blocks", "whole_layers"]
-
 _ATTENTIONS = ("self_attn", "linear_attn")
 _FUSED = "gate_up_proj"
 _SUMS = "block_sums"  # of AST, which stand beside the linear layers of a block (`modeling_pruned.BlockSums`)

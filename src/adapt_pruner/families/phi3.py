@@ -19,8 +19,6 @@ from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import unit_cost
 from adapt_pruner.families.convention import is_there, neurons, residual, vocabulary, whole_blocks, whole_layers
 
-__all__ = ["MODEL_TYPES", "axes", "tiny"]
-
 MODEL_TYPES = ("phi3",)
 
 

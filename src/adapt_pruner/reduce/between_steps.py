@@ -33,8 +33,6 @@ from adapt_pruner.reduce.units import (
 from adapt_pruner.score.calibrate import Evidence, finish
 from adapt_pruner.work import Change, Passes, TextUse, Work, check_training
 
-__all__ = ["BetweenSteps"]
-
 
 @part(
     "reduce",

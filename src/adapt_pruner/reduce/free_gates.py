@@ -24,8 +24,6 @@ from adapt_pruner.reduce.repair.factors import scale_units
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Passes, TextUse, Work
 
-__all__ = ["FreeGates", "retained"]
-
 _DIVERGENCE = 2.0
 _FIRST, _LAST = 0.5, 0.05  # μ
 _ASCENT = (0.02, 0.4, 0.02)  # rates of the multipliers

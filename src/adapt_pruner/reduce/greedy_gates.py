@@ -21,8 +21,6 @@ from adapt_pruner.reduce.repair.factors import scale_units
 from adapt_pruner.reduce.units import scores_of
 from adapt_pruner.work import Work
 
-__all__ = ["GreedyGates"]
-
 _INSIDE = 0.02  # σ is flat near 0 and 1, so no score begins nearer to them
 
 

@@ -24,8 +24,6 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.repair.factors import scale_block, scale_units
 from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
-__all__ = ["HardConcrete", "expected_open", "fold", "sampled"]
-
 _TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1
 _START = (5.0, 0.01)  # mean and standard deviation of log α
 _BOUND = math.log(100)  # of |log α|

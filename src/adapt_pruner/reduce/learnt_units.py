@@ -41,8 +41,6 @@ from adapt_pruner.score.calibrate import as_found
 from adapt_pruner.train.objectives import kl_of_logits
 from adapt_pruner.work import Change, Passes, TextUse, Work
 
-__all__ = ["KINDS", "LearntUnits", "add_gradients", "held", "put_back", "step"]
-
 KINDS = ("neurons", "kv_heads")
 
 

@@ -15,8 +15,6 @@ from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.work import Change, Reduction, TextUse, Work
 
-__all__ = ["Masks"]
-
 
 @part("reduce", needs={"one stage"})
 class Masks(Reduction):

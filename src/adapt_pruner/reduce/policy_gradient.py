@@ -21,8 +21,6 @@ from adapt_pruner.reduce.units import metrics_of, prunable, scores_of
 from adapt_pruner.score.calibrate import score_sequentially
 from adapt_pruner.work import Work
 
-__all__ = ["PolicyGradient", "projected", "start_of"]
-
 _EPS = 1e-7
 
 

@@ -49,8 +49,6 @@ from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.objectives import kl_of_logits
 from adapt_pruner.work import Change, Passes, TextUse, Work
 
-__all__ = ["Search"]
-
 
 @part(
     "reduce",

@@ -23,19 +23,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.work import Change, Reduction, TextUse, Work
 
-__all__ = [
-    "SliceGPT",
-    "directions",
-    "fold_scale",
-    "principal_directions",
-    "rotate",
-    "rotate_input",
-    "rotate_output",
-    "slice_to",
-    "sliced_parameters",
-    "width_for",
-]
-
 _MULTIPLE = 8  # widths are multiples of this
 
 _READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of the stream, through a norm

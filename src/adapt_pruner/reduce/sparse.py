@@ -25,8 +25,6 @@ from adapt_pruner.reduce.zeros.solvers import Inputs
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
-__all__ = ["Sparse", "check_dense", "check_pattern", "check_same_zeros"]
-
 
 @part("reduce", needs={"sparsity", "one stage"}, reads={"solver"})
 class Sparse(Reduction):

@@ -30,8 +30,6 @@ from adapt_pruner.reduce.sparse import check_dense, check_pattern, check_same_ze
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
-__all__ = ["SparseTraining", "masked"]
-
 
 @part("reduce", needs={"sparsity", "one stage", "training"}, reads={"calibration"})
 class SparseTraining(Reduction):

@@ -35,11 +35,6 @@ from adapt_pruner.reduce.repair.closed_form import without_bias
 from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, evidence_needed, score, score_sequentially
 from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
-__all__ = [
-    "Units", "evidence_of", "mask_to", "metrics_of", "params_of", "prunable", "repair_parameters", "repaired", "scored", "scores_of", "sizes_alike",
-    "with_forward", "within_widths",
-]  # fmt: skip
-
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 _NEARLY = 0.05  # share of a step: a last step smaller than this is left out of the estimate, since rounding may save it
 

@@ -8,8 +8,6 @@ from adapt_pruner.core.events.words import compact, shown, typed
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.figures import Figures, fit_slope
 
-__all__ = ["Advice", "advice"]
-
 _SURE = 3.0  # a slope counts if it is this many standard errors from zero
 _HEAVY_VOCABULARY = 0.25  # share of the remaining parameters outside the decoder layers
 _SLACK = 0.01  # share of the budget that may be left unused

@@ -29,8 +29,6 @@ from adapt_pruner.export import form_of
 from adapt_pruner.export.loading import layers_of, loading
 from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, methods, parts, read
 
-__all__ = ["card", "card_of", "try_card", "write_card", "write_card_of_export"]
-
 _OWN_PAPER = "2502.03460"
 _ARXIV = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 _MAKES_A_METHOD = ("axes", "metric", "distance", "head_metric", "chooser", "repair", "reduce", "solver")  # keys of a recipe

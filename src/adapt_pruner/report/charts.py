@@ -11,11 +11,6 @@ from adapt_pruner.core.events.words import Form, counted, score, shots, shown, t
 from adapt_pruner.core.model.kinds import LABELS
 from adapt_pruner.report.figures import Cut, Figures, State, Trained
 
-__all__ = [
-    "TONES", "Anatomy", "Beside", "Chart", "HeatMap", "Histogram", "Lines", "Panel", "Scores", "Series", "anatomy", "by_text", "costs",
-    "cut_lines", "importance", "mixing", "perplexities", "search", "sparsity", "tasks", "training", "widths",
-]  # fmt: skip
-
 TONES = 6
 """Number of colours of lines; more lines use them again."""
 

@@ -12,11 +12,6 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.template import rendered
 
-__all__ = [
-    "comparison_page", "comparison_panels", "comparison_pictures", "failures", "label", "num_draws", "read_comparison", "texts_in_words", "tokens_note",
-    "within",
-]  # fmt: skip
-
 _MOST_SIZES = 6  # with more sizes, they are not written below the axis
 _APART = 0.09  # least distance between two of them, as a share of the axis
 _FAR = 100  # times the dense model's perplexity; anything beyond would squeeze the rest together

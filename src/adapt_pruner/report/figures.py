@@ -15,8 +15,6 @@ from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
-__all__ = ["Cut", "Figures", "Row", "State", "Trained", "after", "figures_of", "fit_slope", "sizes_of"]
-
 _MOST_STATES = 8  # iterations of one stage that are shown
 
 

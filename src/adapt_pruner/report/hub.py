@@ -11,8 +11,6 @@ from adapt_pruner.core.system.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
 
-__all__ = ["Upload", "plan_upload", "push"]
-
 _WRITTEN = {
     "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
     "modeling_pruned.py", "modeling_sliced.py", "pruning.json", WEIGHT_MASK_FILE,

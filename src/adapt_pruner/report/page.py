@@ -16,8 +16,6 @@ from adapt_pruner.report.figures import Figures, Row, figures_of
 from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.template import placeless, rendered
 
-__all__ = ["check_page", "page", "pictures", "try_report", "write_page", "write_report"]
-
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the page of a run, whole or not at all; a run in any state has a page.

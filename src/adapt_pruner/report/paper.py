@@ -21,8 +21,6 @@ from adapt_pruner.report import svg
 from adapt_pruner.report.charts import Beside, Chart, Lines
 from adapt_pruner.report.template import environment
 
-__all__ = ["check_ours", "check_png", "has_png", "picture", "write_pictures"]
-
 _SOFTWARE = "adapt-pruner"
 _SCALE = 200 / 96  # from the units of SVG to 200 dots an inch
 _WIDTH, _PANEL = 640.0, 560.0  # of a picture, and of one of several side by side

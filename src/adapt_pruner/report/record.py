@@ -17,8 +17,6 @@ from adapt_pruner.core.system.strict_yaml import value_of
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.run.checkpoints import newest_first
 
-__all__ = ["Record", "check_is_run", "is_worked_in", "parse_lines", "read_progress", "read_record", "record_of_result"]
-
 Status = Literal["finished", "running", "stopped"]
 _Kind = TypeVar("_Kind", bound=Event)
 

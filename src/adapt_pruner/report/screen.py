@@ -29,8 +29,6 @@ from adapt_pruner.core.system.terminal import console as console_on
 from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
 from adapt_pruner.report.figures import after, sizes_of
 
-__all__ = ["Bars", "Screen", "screen"]
-
 _EVERY = 10.0  # seconds between plain lines of the same kind
 _TOLD_EVERY = 0.25  # the same, for lines of JSON
 _FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"

@@ -14,8 +14,6 @@ from typing import NamedTuple
 from adapt_pruner.core.events.words import score, shown, tick, ticks
 from adapt_pruner.report.charts import Anatomy, Chart, HeatMap, Histogram, Lines, Panel, Scores, Series
 
-__all__ = ["Drawing", "Key", "Path", "Plot", "Rect", "drawing", "lines"]
-
 _FULL = 1000.0  # width and height of a picture in its own coordinates
 _TURNS = ("", " second", " third")  # forms of dots and dashes for the first use of each colour, the second and the third
 

@@ -14,8 +14,6 @@ from adapt_pruner.core.system.files import PAGE_FOOT
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.report.svg import drawing
 
-__all__ = ["environment", "placeless", "rendered"]
-
 _ABSOLUTE = re.compile(r"(?<![\w.~*/-])/(?:[^\s'\",:/]+/)+(?=[^\s'\",:/])")
 
 

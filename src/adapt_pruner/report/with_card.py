@@ -14,8 +14,6 @@ from adapt_pruner.report.page import try_report
 from adapt_pruner.run import loop, trackers
 from adapt_pruner.run.results import Outcome
 
-__all__ = ["export", "prune", "run"]
-
 
 def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
     """Run the recipe and write the resulting checkpoint, with its model card, to the folder `out`; nothing else is saved.

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from adapt_pruner.recipe import Recipe
 
-__all__ = ["called", "is_within_training", "kept", "newest_first", "of_stage"]
-
 _NAME = re.compile(r"stage-(\d+)(?:-cut-(\d+)(?:-(?:search|step)-(\d+))?|-(pruned)|-step-(\d+))?")
 
 

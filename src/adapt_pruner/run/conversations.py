@@ -23,17 +23,6 @@ from adapt_pruner.evaluate.tasks import fingerprint
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
-__all__ = [
-    "WRITING",
-    "Writing",
-    "dense_again",
-    "dense_fingerprint",
-    "held_out_chats",
-    "specs_to_write",
-    "writing_planned",
-    "written_texts",
-]
-
 WRITING = 1 / 6
 """Share of a run's minutes that the dense model may write, at most."""
 _CONVERSATION = 200  # tokens written for each conversation that comes to its end; SmolLM2 ends about half within 128 tokens

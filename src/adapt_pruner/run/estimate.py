@@ -16,11 +16,6 @@ from adapt_pruner.data import windows
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
-__all__ = [
-    "PAPER", "Setup", "Shapes", "Speed", "bytes_moved", "multiply_adds", "operations", "process_bytes", "pruning_memory", "seconds", "shapes",
-    "training_memory",
-]  # fmt: skip
-
 _SLACK = {"cpu": 1.03, "cuda": 1.1}  # bytes that an allocator holds per byte asked for; the second figure is assumed
 _HOLES = 0.5  # on a CPU: share of freed activations that glibc keeps, as holes between gradients and moments
 _PROCESS = 450 * 2**20  # Python with torch, transformers and a tokenizer, without the model

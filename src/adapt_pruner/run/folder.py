@@ -37,8 +37,6 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
 
-__all__ = ["OWN_TEXT", "REPAIR_TEXT", "RunFolder", "check_folder", "figures_of", "open_run_folder", "writing"]
-
 OWN_TEXT = "calibration_self.json"
 REPAIR_TEXT = "repair_self.json"
 _KIND = "run"

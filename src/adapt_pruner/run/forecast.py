@@ -16,8 +16,6 @@ from adapt_pruner.run.probe import scoring_speed
 from adapt_pruner.run.start import begin, on_paper, prepare, room
 from adapt_pruner.work import Work
 
-__all__ = ["dry_run"]
-
 
 def dry_run(
     recipe: Recipe, *, listen: Listener = lambda event: None, trust_remote_code: bool = False, processes: int = 1

@@ -31,8 +31,6 @@ from adapt_pruner.recipe import Recipe, parse_latency
 from adapt_pruner.reduce.units import mask_to, params_of, prunable, sizes_alike
 from adapt_pruner.work import Work
 
-__all__ = ["Table", "budget_for", "measured", "params_to_keep", "predicted", "table_of"]
-
 PROMPT = 512
 """Tokens of the prompt. `prefill` times reading it, `decode` times writing `WRITTEN` tokens after it."""
 WRITTEN = 16

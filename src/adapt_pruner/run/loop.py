@@ -27,8 +27,6 @@ from adapt_pruner.run.start import begin, prepare, tell_start
 from adapt_pruner.run.training import Trainer
 from adapt_pruner.work import Stage, Work
 
-__all__ = ["prune", "run", "run_stages"]
-
 
 def prune(
     recipe: Recipe,

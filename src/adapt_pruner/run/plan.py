@@ -32,11 +32,6 @@ from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Stage, Work
 
-__all__ = [
-    "check_memory", "check_result", "check_run", "free_bytes", "memory", "most_bytes", "phases", "seconds", "setup_of", "too_large",
-    "ways_to_prune", "writes_text",
-]  # fmt: skip
-
 _GIB = 2**30
 _FLOAT = 4  # bytes of a number in a checkpoint
 

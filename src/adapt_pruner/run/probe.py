@@ -33,8 +33,6 @@ from adapt_pruner.train.loop import make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.work import Work
 
-__all__ = ["fit_threads", "kept_threads", "probed", "scoring_speed"]
-
 _TOKENS = 128  # of the pass that is timed to fit the threads
 _BUSY = 0.75  # cores that this process gets per thread; below, fewer threads may be faster
 _GAIN = 2.0  # times that fewer threads have to be faster: on an idle machine a short pass gains less

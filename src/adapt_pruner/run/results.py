@@ -37,10 +37,6 @@ from adapt_pruner.run.conversations import dense_fingerprint
 from adapt_pruner.score.calibrate import mean_loss
 from adapt_pruner.work import Work
 
-__all__ = [
-    "Outcome", "facts", "measure_answers", "measure_chat", "measure_end", "measure_start", "measure_tasks", "measure_text", "warn_of_pattern", "whole_mask", "write",
-]  # fmt: skip
-
 _ENOUGH = 2048  # calibration tokens on which the loss is compared
 
 

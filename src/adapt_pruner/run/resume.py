@@ -23,8 +23,6 @@ from adapt_pruner.run.training import Trainer
 from adapt_pruner.train.adapters import base_name
 from adapt_pruner.work import RunState, Work
 
-__all__ = ["interrupted", "resumed"]
-
 
 def resumed(
     recipe: Recipe, folder: RunFolder, tell: Listener, trust_remote_code: bool, *, changed: list[str], force: bool

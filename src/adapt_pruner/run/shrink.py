@@ -37,8 +37,6 @@ from adapt_pruner.run.start import stages
 from adapt_pruner.run.trackers import check_trackers
 from adapt_pruner.work import Work
 
-__all__ = ["Asked", "Choice", "how_long", "planned", "recipe_in_time", "tokens_a_second"]
-
 _FOR_PRUNING = 1 / 3  # of the time, at most
 _FOR_ANSWERS = 0.1  # of the time, at most; else no prompts are answered
 _FOR_MEASURING = 0.05  # of the time, at most, unless the fewest windows take more

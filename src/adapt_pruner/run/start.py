@@ -51,8 +51,6 @@ from adapt_pruner.run.training import teacher_of
 from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
-__all__ = ["begin", "on_paper", "plan", "prepare", "room", "sizes_begun", "stage_targets", "stages", "tell_start"]
-
 
 def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
     """A run by its config.json alone, planned as far as that tells, and how it trains: on this machine, or else on a GPU or CPU.

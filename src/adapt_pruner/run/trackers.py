@@ -13,8 +13,6 @@ from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
 
-__all__ = ["check_trackers", "reporting"]
-
 
 @contextmanager
 def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Listener]:

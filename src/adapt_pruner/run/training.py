@@ -37,8 +37,6 @@ from adapt_pruner.train.objectives import BesideNll, kl_to_goal, lm, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
 from adapt_pruner.work import Work
 
-__all__ = ["Save", "Trainer", "teacher_of"]
-
 _SLOW = 2 / 3  # share of the tokens asked for: a warning says if less than this fits in the time
 _AFTERWARDS = 3.0  # seconds for the model card and the page, which read no text
 

@@ -20,8 +20,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score.calibrate import Evidence
 
-__all__ = ["fluctuation", "magnitude", "wanda"]
-
 
 @part("metric", needs={"text", "inputs"})
 def wanda(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:

@@ -25,8 +25,6 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence, as_found, mean_loss
 
-__all__ = ["block_influence", "cosine", "euclidean", "loss_drop", "manhattan"]
-
 
 @part("distance")
 def cosine(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, Scores]:

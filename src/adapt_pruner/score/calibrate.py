@@ -47,19 +47,6 @@ from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError
 
-__all__ = [
-    "Evidence",
-    "Metric",
-    "as_found",
-    "checked",
-    "eval_mode",
-    "evidence_needed",
-    "finish",
-    "mean_loss",
-    "score",
-    "score_sequentially",
-]
-
 
 class Evidence(Enum):
     """What a metric needs: weights alone, a forward pass, gradients of hidden states, also of weights, or of each sequence.

@@ -24,8 +24,6 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
-__all__ = ["kfac"]
-
 _ROUNDS = 48  # in which an axis's units of one column go; one by one they would take far longer for little more precision
 
 

@@ -13,8 +13,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.score.weights import taylor
 
-__all__ = ["saap"]
-
 
 @part("metric", needs={"text"})
 def saap(

@@ -14,8 +14,6 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
 
-__all__ = ["magnitude", "random", "taylor"]
-
 Rows = dict[tuple[str, int], Tensor]
 """(axis name, number of one of its slices) -> what each row (or column) of that matrix is worth, float32 [rows]."""
 

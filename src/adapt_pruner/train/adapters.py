@@ -9,8 +9,6 @@ import torch
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 
-__all__ = ["adapted", "base_name"]
-
 
 @contextmanager
 def adapted(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -> Iterator[None]:

@@ -11,8 +11,6 @@ from adapt_pruner.core.model.feed import Feed
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 from adapt_pruner.train.objectives import lm
 
-__all__ = ["train"]
-
 
 def train(model: nn.Module, batches: Sequence[Tensor], *, optimizer: Optimizer, dtype: str = "auto") -> list[float]:
     """Train the model, in place, by next-token cross-entropy: one optimiser step for each batch.

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["kernels"]
-
 
 @contextmanager
 def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: bool) -> Iterator[None]:

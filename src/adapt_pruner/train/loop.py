@@ -24,17 +24,6 @@ from adapt_pruner.errors import RunError, of_all
 from adapt_pruner.train.objectives import BesideNll
 from adapt_pruner.train.pace import Pace
 
-__all__ = [
-    "MICRO_TOKENS",
-    "Objective",
-    "Step",
-    "TrainConfig",
-    "TrainState",
-    "make_optimizer",
-    "steps",
-    "whole_batches",
-]
-
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward and backward; a larger batch is accumulated
 _SMOOTHING = 0.9  # of the loss that the divergence guard watches
 

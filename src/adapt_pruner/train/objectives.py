@@ -14,9 +14,6 @@ from adapt_pruner.core.model.task import CAUSAL_LM, CausalLM, Task
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["BesideNll", "distil", "kl_of_logits", "kl_to_goal", "lm", "named_loss"]
-
-
 _LEAST = 1e-6  # of the probability beside the likeliest tokens: kept ones are rounded
 
 

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from adapt_pruner.core.system import world
 
-__all__ = ["Pace"]
-
 _STEPS = 32  # the pace is that of the last so many steps, since on a shared machine it changes
 
 

@@ -4,8 +4,6 @@ import math
 
 from adapt_pruner.core.system.parts import part
 
-__all__ = ["cosine", "wsd"]
-
 
 @part("schedule")
 def wsd(progress: float, *, warmup: float, decay: float, floor: float) -> float:

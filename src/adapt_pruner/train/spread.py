@@ -19,8 +19,6 @@ from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.system import world
 
-__all__ = ["full_state", "load_moments", "shard", "spread"]
-
 
 @contextmanager
 def spread(model: nn.Module, optimizer: AdamW, *, dtype: str) -> Iterator[tuple[nn.Module, AdamW]]:

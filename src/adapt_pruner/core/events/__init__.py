@@ -16,38 +16,6 @@ from adapt_pruner.core.events import words
 from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.system.strict_json import MOST, of_json
 
-__all__ = [
-    "BILL",
-    "DEFAULT_TEXT",
-    "PHASES",
-    "TOLD_AS",
-    "Cut",
-    "Evaluation",
-    "Event",
-    "Find",
-    "Finished",
-    "Interrupted",
-    "Listener",
-    "Load",
-    "Loaded",
-    "Other",
-    "Phase",
-    "Progress",
-
-    "Saved",
-    "Score",
-    "Split",
-    "Start",
-    "Step",
-    "Tasks",
-    "Warned",
-    "counting",
-    "parse",
-    "parse_line",
-    "phase_of",
-]  # fmt: skip
-
-
 Listener = Callable[["Event"], None]
 """Whoever is told of events."""
 DEFAULT_TEXT = "python-docs:train"

@@ -6,8 +6,6 @@ from adapt_pruner.core.events import Count, Event, Seconds, parse, words
 from adapt_pruner.core.events.words import millions, shown
 from adapt_pruner.core.system.strict_json import perplexity_of
 
-__all__ = ["CellBegun", "CellDone", "CellLine", "InCell", "Reused"]
-
 
 class Reused(Event):
     """Finished cells of a comparison are used again."""

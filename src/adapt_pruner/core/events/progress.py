@@ -34,8 +34,6 @@ from adapt_pruner.core.events.comparison import CellBegun, CellDone, InCell
 from adapt_pruner.core.events.run import Masked, MasksLearnt, Planned, Probe, Within
 from adapt_pruner.core.events.words import span
 
-__all__ = ["ProgressTracker", "RunProgress"]
-
 _DOUBT = 0.1  # weight of the first guess for a phase, as a share of the phase, beside what is measured of it
 _GUESSED = 0.5  # share of guesses in an estimate above which it is a range
 

@@ -9,10 +9,6 @@ from typing_extensions import TypedDict
 from adapt_pruner.core.events import Count, Event
 from adapt_pruner.core.events.words import answered, millions
 
-__all__ = [
-    "Answered", "Chatted", "Item", "Masked", "MasksLearnt", "Mixed", "PlanLine", "Planned", "Probe", "PromptAnswer", "Resumed", "Searched", "VocabularyCut", "Within", "chatted",
-]  # fmt: skip
-
 _POOR = 0.5  # of the dense model's right answers
 
 

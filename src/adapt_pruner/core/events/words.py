@@ -6,10 +6,6 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-__all__ = [
-    "NARROW", "Form", "answered", "by_model", "compact", "counted", "duration", "measured_text", "millions", "progress", "score", "shots", "shown", "span", "tick", "ticks", "typed",
-]  # fmt: skip
-
 Form = Literal[
     "params", "bytes", "perplexity", "bits", "speed", "count", "share", "right", "loss", "lr", "GiB", "ratio", "times", "plain"
 ]

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from adapt_pruner.core.model.kinds import kind_of
 
-__all__ = ["Axis", "Gate", "GateKind", "Mask", "Scores", "Slice", "in_layer", "in_pattern"]
-
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
 
 Scores = dict[str, Tensor]

@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # recipes read budgets, and reading a recipe does not wait fo
 
     from adapt_pruner.core.model.axes import Slice
 
-__all__ = ["Budget", "check_written", "count_parameters", "parse_count", "unit_cost"]
 
 _LESS = re.compile(r"-\s*(\d*\.?\d+)\s*%|(\d*\.?\d+)\s*%\s*(?:less|fewer|smaller|off|gone|removed)", re.IGNORECASE)
 """A share that goes, as people write it by mistake."""

@@ -22,8 +22,6 @@ from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.modeling_pruned import _Nothing, _OwnConfig
 
-__all__ = ["cut", "first", "gated", "multiply", "num_left", "with_first", "write_sizes"]
-
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """Fields of a generation config that name tokens which a cut may remove all the same."""
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers

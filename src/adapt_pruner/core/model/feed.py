@@ -8,8 +8,6 @@ from torch import Tensor
 
 from adapt_pruner.core.events import Event
 
-__all__ = ["Feed", "Goal", "Taken"]
-
 
 @dataclass(frozen=True)
 class Goal:

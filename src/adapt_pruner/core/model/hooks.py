@@ -7,8 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["attached", "watching_inputs"]
-
 
 @contextmanager
 def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:

@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-__all__ = ["BLOCKS", "HEADS", "LABELS", "OF_THE_MODEL", "USUAL", "WHOLE", "Prunable", "kind_of"]
-
 Prunable = Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"]  # in `axes` of a recipe
 USUAL: tuple[Prunable, ...] = ("neurons", "kv_heads")  # what a recipe removes if it does not say
 HEADS = ("kv_heads", "query_heads")

@@ -15,8 +15,6 @@ from adapt_pruner.core.model.precision import casting_once, precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 
-__all__ = ["LOGITS_OF", "Stream", "Sweep", "activation_bytes", "decoder_layers", "layers_at_once", "loss_above", "streams"]
-
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, where the loss may set the peak of memory
 
 

@@ -7,18 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = [
-    "CACHED_ROWS",
-    "MAX_LOGITS",
-    "LogitLoss",
-    "LogitMap",
-    "log_softmax_",
-    "logit_map",
-    "nll_of_logits",
-    "of_head",
-    "through_head",
-]
-
 MAX_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
 CACHED_ROWS = 64  # tokens whose float32 logits are processed at one time on a CPU, so that they fit its cache
 

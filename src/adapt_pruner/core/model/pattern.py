@@ -8,8 +8,6 @@ from fractions import Fraction
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Pattern"]
-
 _LARGEST = 1024  # the most inputs of a group
 
 

@@ -8,17 +8,6 @@ from torch import nn
 
 from adapt_pruner.errors import RunError
 
-__all__ = [
-    "cast_weights",
-    "casting_once",
-    "linears_cast",
-    "native_bfloat16",
-    "nonfinite_error",
-    "precision",
-    "refuse_nonfinite",
-    "uses_bfloat16",
-]
-
 
 def native_bfloat16(device: torch.device) -> bool:
     """Whether the processor multiplies bfloat16 matrices natively."""

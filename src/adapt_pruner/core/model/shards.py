@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from adapt_pruner.errors import UsageError
 
-__all__ = ["Shards", "checked_shards", "stage_tokens"]
-
 _RULES = ("linear", "constant", "cosine")
 
 Shards = str | tuple[float, ...]

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.model.loss import LogitLoss, logit_map, nll_of_logits, of_head, through_head
 
-__all__ = ["CAUSAL_LM", "CausalLM", "Task"]
-
 
 class Task(Protocol):
     """What scoring, repairs and training ask of the work that a model does."""

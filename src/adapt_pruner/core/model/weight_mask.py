@@ -25,8 +25,6 @@ from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.pattern import Pattern
 
-__all__ = ["WeightMask", "count_nonzero", "has_zeros", "largest", "linear_layers", "oriented", "packed", "stored", "unpacked"]
-
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
     """The linear layers inside all decoder layers, or inside number `layer`: dotted name -> module, in the model's order."""

@@ -18,8 +18,6 @@ from typing import Any, NamedTuple
 from adapt_pruner.core.system.processes import Child, module, talking
 from adapt_pruner.errors import RunError, first_line
 
-__all__ = ["ChatTemplateError", "Rendered", "rendered"]
-
 _SECONDS = 10.0  # of processor time, for one conversation
 _MEMORY = 2**30  # bytes beyond what the process holds before it renders
 _CHARACTERS = 2**20  # that a template may write beside the messages themselves

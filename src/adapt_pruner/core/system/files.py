@@ -27,40 +27,6 @@ from pathlib import Path
 
 from adapt_pruner.errors import UsageError
 
-__all__ = [
-    "MARK",
-    "MOST_TEXT",
-    "PAGE_FOOT",
-    "PROGRESS",
-    "UNMERGED_FILE",
-    "WEIGHT_MASK_FILE",
-    "cache_folder",
-    "check_disk_space",
-    "check_place",
-    "check_regular",
-    "disk_full_reason",
-    "expanded",
-    "file_beside",
-    "files_in",
-    "folder_beside",
-    "is_card",
-    "is_marked",
-    "is_page",
-    "is_there",
-    "lacks_disk_space",
-    "mark",
-    "named",
-    "read_plain",
-    "remove",
-    "sync",
-    "tidy",
-    "weight_bytes",
-    "whole_file",
-    "why",
-    "write_failure",
-    "write_whole",
-]
-
 MOST_TEXT = 2**28
 """The most bytes of a foreign file that is read whole: JSON, YAML, a tokenizer. The longest known tokenizer.json has 2^25."""
 

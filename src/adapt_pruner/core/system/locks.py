@@ -15,8 +15,6 @@ from typing import IO
 from adapt_pruner.core.system.files import why
 from adapt_pruner.errors import UsageError
 
-__all__ = ["is_held", "locked"]
-
 _GLANCE = 0.1  # seconds to wait while another process checks whether the lock is held
 
 

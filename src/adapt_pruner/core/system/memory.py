@@ -15,7 +15,6 @@ if TYPE_CHECKING:  # a process that runs another engine does not hold torch for 
 
     from torch import Tensor, nn
 
-__all__ = ["give_back", "keeping_freed", "peak_bytes", "peak_rss_bytes", "take_into_memory", "usable_bytes"]
 
 _STATUS = Path("/proc/self/status")
 _SYSTEM = Path("/proc/meminfo")

@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["CHOICE", "NEEDS", "part"]
-
 CHOICE = frozenset({
     "axes", "metric", "distance", "head_metric", "chooser", "repair", "multiple_of", "equal_widths", "step", "debt", "sequential_scoring",
 })  # fmt: skip

@@ -25,8 +25,6 @@ from typing import Any
 
 from adapt_pruner.errors import RunError
 
-__all__ = ["Child", "Deferred", "deferred", "module", "talking"]
-
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 _PATIENCE = 30.0  # seconds that a process may tidy up after its parent has ended
 

@@ -9,8 +9,6 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-__all__ = ["commit", "installed", "made_by", "to_install"]
-
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 

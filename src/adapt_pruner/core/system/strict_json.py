@@ -10,8 +10,6 @@ from typing import Any, TypeGuard, TypeVar
 
 from adapt_pruner.core.system.files import read_plain, write_whole
 
-__all__ = ["MOST", "is_count", "is_number", "number_of", "of_json", "perplexity_of", "read_json", "remembered", "to_json"]
-
 _T = TypeVar("_T")
 
 MOST = 10**15

@@ -10,8 +10,6 @@ import yaml
 from adapt_pruner.core.system.files import read_plain
 from adapt_pruner.errors import UsageError, first_line
 
-__all__ = ["read_keys", "value_of"]
-
 _MOST_BYTES = 2**20
 _DEEPEST = 32  # nested tables and lists
 _MOST_VALUES = 100_000  # each alias `*name` counts as all the values that it stands for

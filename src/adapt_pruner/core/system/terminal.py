@@ -13,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["console", "filtered", "fitted", "one_line", "visible", "wrapped"]
-
 if TYPE_CHECKING:  # every command imports this file, but few draw with rich
     from rich.console import Console
 

@@ -22,21 +22,6 @@ from torch import Tensor
 from adapt_pruner.core.events.words import span
 from adapt_pruner.errors import RunError, UsageError, first_line, of_all
 
-__all__ = [
-    "SILENCE",
-    "agreed",
-    "any_of",
-    "check_alone",
-    "is_main",
-    "joined",
-    "listening",
-    "on_main",
-    "rank",
-    "share",
-    "size",
-    "sum_in_place",
-]
-
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `listening` tells whether it is alive
 _GATHERING = timedelta(minutes=10)  # by then all processes must have started

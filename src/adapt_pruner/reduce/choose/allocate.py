@@ -24,8 +24,6 @@ from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 
-__all__ = ["GOLDEN", "Debt", "adaptive", "advance", "layer_importance", "uniform"]
-
 _MAX_SPARSITY = 0.99
 _NEAREST = 1e-3  # a smaller share of the farthest distance counts as this much on a log scale, where 0 would be infinite
 GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, lie evenly spread in [0, 1)

@@ -7,8 +7,6 @@ import torch
 
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 
-__all__ = ["QUARTER_OCTAVES", "cut_line"]
-
 QUARTER_OCTAVES = 64
 """Number of bins of `cut_line`. The middle bin begins at the cut line; the first and last also take everything beyond."""
 

@@ -13,8 +13,6 @@ from adapt_pruner.core.model.kinds import kind_of
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.reduce.choose.allocate import Debt, uniform
 
-__all__ = ["drop_layers"]
-
 
 @part("chooser", needs={"distance", "whole"})
 def drop_layers(

@@ -22,8 +22,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.choose.allocate import GOLDEN, Debt
 
-__all__ = ["per_parameter", "per_structure", "standardised"]
-
 _FRONT = 1e6  # beyond any standardised score
 
 

@@ -11,8 +11,6 @@ from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.errors import UsageError
 
-__all__ = ["check_multiple", "fitting", "levelled"]
-
 
 def check_multiple(axes: Sequence[Axis], multiple_of: int) -> None:
     """Refuse a `multiple_of` above the number of neurons of some layer.

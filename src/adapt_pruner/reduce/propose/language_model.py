@@ -13,8 +13,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import first_line
 from adapt_pruner.reduce.propose.proposals import Candidate, Sizes, Space, evolution
 
-__all__ = ["language_model", "read_rates"]
-
 _SHOWN = 8  # candidates in a prompt
 _SECONDS = 120.0  # to wait for a whole answer
 _TOKENS_A_RATE = 6  # that an answer may take, at most: digits, a comma, a space and some words

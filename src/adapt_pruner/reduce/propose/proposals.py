@@ -8,8 +8,6 @@ from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.kinds import kind_of
 from adapt_pruner.core.system.parts import part
 
-__all__ = ["Candidate", "Sizes", "Space", "evolution", "mutation", "random"]
-
 _REACH = 4  # levels that an axis may be above or below its start
 _SWAPS = 3
 

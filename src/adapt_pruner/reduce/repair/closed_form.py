@@ -23,8 +23,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 from adapt_pruner.reduce.repair.factors import rescale_blocks
 
-__all__ = ["FALLBACK", "RIDGES", "least_squares", "mean_bias", "without_bias"]
-
 RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """The ridges to choose from."""
 

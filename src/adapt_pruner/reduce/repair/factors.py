@@ -21,8 +21,6 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 
-__all__ = ["DAMPING", "MOST", "PIECE", "rescale_blocks", "scale_block", "scale_units"]
-
 DAMPING = 0.1
 """Share of the curvature's diagonal that is added to it; more if there are fewer pieces of text than factors."""
 

@@ -17,8 +17,6 @@ from adapt_pruner.core.system.parts import part
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.zeros.solvers import Inputs, quadratic
 
-__all__ = ["fista", "iterated", "lipschitz"]
-
 _LOWEST = 1e-6  # smallest λ tried, as a share of the λ at which all weights are zero
 
 

@@ -29,8 +29,6 @@ from adapt_pruner.core.model.weight_mask import linear_layers, oriented
 from adapt_pruner.core.system import world
 from adapt_pruner.reduce.zeros.solvers import Inputs
 
-__all__ = ["Solved", "Walk", "from_dense", "onward", "walked"]
-
 Solve = Callable[[Tensor, Inputs | None], tuple[Tensor, Tensor]]
 """(weight float32 [outputs, inputs], its inputs; None without text) -> the new weight, and which entries stay."""
 

@@ -21,8 +21,6 @@ from adapt_pruner.core.model.weight_mask import largest
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError
 
-__all__ = ["Inputs", "magnitude", "quadratic", "sparsegpt", "wanda"]
-
 
 @dataclass(frozen=True)
 class Inputs:
