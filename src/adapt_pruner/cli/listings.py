@@ -95,8 +95,9 @@ def models(
     if as_json:
         print(to_json(rows))
         return
-    table = [[kind, ", ".join(row["axes"]), "yes" if row["unequal"] else "no"] for kind, row in rows.items()]
-    print_table(["type", "may shrink", "layers of unequal size"], table, left=3)
+    words = {True: "yes", False: "no"}
+    table = [[kind, ", ".join(row["axes"]), words[row["unequal"]], words[row["gguf"]]] for kind, row in rows.items()]
+    print_table(["type", "may shrink", "layers of unequal size", "GGUF"], table, left=4)
     if len(rows) == 1:
         for kind, row in rows.items():
             print()

@@ -42,11 +42,10 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     stayed = (mask.layers_left if mask is not None else None) or list(range(depth.size))
     layers = []
     for i in range(depth.size):
-        sizes = {field: axis.entries * units for axis in axes if axis.layer == i for field, units in axis.fields}
+        sizes = {axis.kind: axis.entries for axis in axes if axis.layer == i}
         params = count_parameters(stack[i])
-        heads, kv_heads, neurons = (
-            sizes.get(field, 0) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        )
+        kv_heads, neurons = sizes.get("kv_heads", 0), sizes.get("neurons", 0)
+        heads = sizes.get("query_heads", kv_heads)  # where all heads have keys of their own, there is no axis of query heads
         layers.append({
             "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons, "params": params,
             "nonzero": count_nonzero(stack[i]),
