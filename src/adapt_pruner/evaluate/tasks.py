@@ -20,7 +20,7 @@ import torch
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.system.files import cache_folder, why, write_whole
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
@@ -195,7 +195,7 @@ def _blamed_on(name: str, task: Any) -> Iterator[None]:
         shots = task.get_config("num_fewshot") or 0
         raise UsageError(
             f"task {name!r} cannot be scored {shots}-shot ({first_line(error)}); correct its definition or its items"
-            + (", or ask for fewer examples with --num-fewshot" if shots else "")
+            + (f", or ask for fewer examples with {option('num_fewshot')}" if shots else "")
         ) from error
 
 
@@ -365,6 +365,6 @@ def _said_of(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder: --cache-dir of eval, "
+            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder: {option('cache_dir')} of eval, "
             "or ADAPT_PRUNER_CACHE=DIR"
         ) from error

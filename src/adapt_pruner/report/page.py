@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapt_pruner.core.events import BILL, Start
 from adapt_pruner.core.events.words import by_model, compact, counted, duration, measured_text, shown, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, is_page, why, write_whole
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
@@ -32,7 +33,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         RunError: the page cannot be written.
     """
     record = read_record(run_dir)
-    return write_page(Path(out) if out is not None else record.path / "report.html", page(record))
+    return write_page(Path(out) if out is not None else record.path / filenames.PAGE, page(record))
 
 
 def try_report(run_dir: Path) -> str | None:
