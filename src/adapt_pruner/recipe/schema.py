@@ -472,10 +472,8 @@ class Recipe(_Frozen):
             raise UsageError(f"the recipe names no model; add it, for example {settings({'model': 'smollm2-135m-instruct'})}")
         if self.makes_zeros:
             if not self.sparsity:
-                raise UsageError(
-                    f"method {self.method!r} makes weights zero and the recipe does not say how many; add "
-                    f"{settings({'sparsity': '50%'})}, or {settings({'sparsity': '2:4'})}"
-                )
+                example = f"{settings({'sparsity': '50%'})}, or {settings({'sparsity': '2:4'})}"
+                raise UsageError(f"method {self.method!r} makes weights zero and the recipe does not say how many; add {example}")
         elif not (self.budget or self.latency):
             raise UsageError(
                 f"the recipe names no budget; add it, for example {settings({'budget': '80%'})}, or a latency like 0.7x"

@@ -192,7 +192,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
-        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": _figure, "commas": "{:,}".format,
+        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": lambda value, digits: f"{value:,.{digits}f}" if _is_number(value) else "no number", "commas": "{:,}".format,
         "percent": "{:.1%}".format,
     }  # fmt: skip
     return environment.get_template("card.md")
@@ -446,7 +446,3 @@ def _entries(method: str) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _figure(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if _is_number(value) else "no number"

@@ -69,10 +69,11 @@ def plan_upload(folder: Path, repo: str) -> Upload:
         raise UsageError(
             f"{folder} is a file, and only a folder has a card; put it into the folder of its checkpoint and name that folder"
         )
-    exported = not (folder / filenames.PRUNING).exists() and _is_export(folder / filenames.CARD)
+    readme = folder / filenames.CARD
+    check_regular(readme)
+    exported = not (folder / filenames.PRUNING).exists() and is_card(readme)  # then `export` wrote it
     text = "" if exported else card_of(folder)
     files, left_out = _ours(folder)
-    readme = folder / filenames.CARD
     new_card = filenames.CARD not in files
     if new_card:
         files[filenames.CARD] = len(text.encode())
@@ -90,12 +91,6 @@ def plan_upload(folder: Path, repo: str) -> Upload:
     if "\nlicense:" not in text.partition("\n---")[0]:
         notes.append("README.md names no license; look up that of the base model and add a line `license: …` at its top")
     return Upload(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
-
-
-def _is_export(card: Path) -> bool:
-    """Whether a README.md is the card that `export` writes into a folder."""
-    check_regular(card)
-    return is_card(card)
 
 
 def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:

@@ -208,11 +208,10 @@ def _commands(record: Record, figures: Figures) -> list[str]:
 
 def _machine(record: Record) -> str | None:
     start = next((event for event in reversed(record.of(Start)) if event.device), None)
-    return None if start is None else f"{start.device}, {start.precision} products{_processes(start)}"
-
-
-def _processes(start: Start) -> str:
-    return f"; {start.processes} processes ({start.parallel})" if start.processes != 1 else ""
+    if start is None:
+        return None
+    together = f"; {start.processes} processes ({start.parallel})" if start.processes != 1 else ""
+    return f"{start.device}, {start.precision} products{together}"
 
 
 def _source(source: object) -> str | None:

@@ -34,8 +34,7 @@ from adapt_pruner.data.fixed import Rows, Written
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import Source, domains, written_spec
-from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
-from adapt_pruner.data.uses import token_uses
+from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of, token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError, of_all
 from adapt_pruner.evaluate.anatomy import decoder_parameters
