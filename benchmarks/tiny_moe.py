@@ -20,10 +20,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from adapt_pruner import families
+from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.model.budget import parse_count
+from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.system.files import cache_folder, write_whole
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.data.fixed import Fixed, training_rows
+from adapt_pruner.data.sources import texts
+from adapt_pruner.data.tokens import evaluation_windows
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.experts import usage, used
 from adapt_pruner.train.loop import TrainConfig, TrainState, make_optimizer, steps
 from adapt_pruner.train.schedules import wsd
 
@@ -41,7 +48,7 @@ EXPERTS = {
     "norm_topk_prob": True,
     "router_aux_loss_coef": 0.001,
 }
-RUNG, LENGTH, BATCH_ROWS, LR, SECONDS = "moe", 256, 8, 4e-3, 120  # seconds between checkpoints
+RUNG, LENGTH, BATCH_ROWS, LR, SECONDS = "corpus", 256, 8, 4e-3, 120  # seconds between checkpoints
 
 
 def main() -> None:
@@ -51,8 +58,8 @@ def main() -> None:
     parser.add_argument("--train", help="SPEC of the training text; read once, when the folder is new")
     parser.add_argument("--heldout", help="SPEC of the text that is held out")
     args = parser.parse_args()
-    texts = {"train": args.train, "heldout": args.heldout} if args.train and args.heldout else None
-    ladder = Ladder(args.folder, text=texts)
+    specs = {"train": args.train, "heldout": args.heldout} if args.train and args.heldout else None
+    ladder = Ladder(args.folder, text=specs)
     ladder.table["rungs"][RUNG] = ladder.table["rungs"]["S"] | {"base_tokens": str(args.tokens)}
     ladder.prepare(RUNG)
     tokenizer = AutoTokenizer.from_pretrained(ladder.home(RUNG) / "tokenizer")
@@ -63,24 +70,40 @@ def main() -> None:
     }
     figures: dict[str, Any] = {}
     for name, make in makers.items():
-        if not (args.folder / name / "config.json").exists():
+        folder, state = args.folder / name, args.folder / f"{name}.pt"
+        if not folder.exists():
             torch.manual_seed(0)
             model = make()
-            trained(model, args.folder / name, tokenizer, str(ladder.home(RUNG) / "text" / "train.jsonl"), args.tokens)
-            tokenizer.save_pretrained(args.folder / name)
-            model.save_pretrained(args.folder / name)
-            (args.folder / name / "state.pt").unlink()
-        figures[name] = ladder.measured(RUNG, args.folder / name)
-        print(name, figures[name], flush=True)
+            trained(model, state, tokenizer, str(ladder.home(RUNG) / "text" / "train.jsonl"), args.tokens)
+            whole = args.folder / f"{name}.new"
+            tokenizer.save_pretrained(whole)
+            model.save_pretrained(whole)
+            whole.rename(folder)
+            state.unlink(missing_ok=True)
+        figures[name] = ladder.measured(RUNG, folder) | experts_of(folder, str(ladder.home(RUNG) / "text" / "heldout.jsonl"))
+        print(name, {key: value for key, value in figures[name].items() if key != "used"}, flush=True)
     write_whole(args.folder / "tiny_moe.json", to_json(figures) + "\n")
 
 
-def trained(model: nn.Module, folder: Path, tokenizer: Any, text: str, tokens: int) -> None:
-    """Train a model, in place, from where its folder says that it stands."""
+def experts_of(folder: Path, text: str) -> dict[str, Any]:
+    """Active parameters of a model; `used`, the share of held-out tokens that go to each expert of each layer; the least spread of a layer."""
+    loaded = load(str(folder))
+    axes = families.axes(loaded.model)
+    active = {"active_params": num_active(loaded.model, axes)}
+    routed = [axis for axis in axes if axis.kind == "experts"]
+    if not routed:
+        return active
+    windows = list(evaluation_windows(loaded.tokenizer, texts(text), window=LENGTH, max_windows=128))
+    shares, _ = score(loaded.model, axes, torch.cat(windows).split(BATCH_ROWS), metrics=[usage], dtype="float32")
+    by_layer = [sorted(shares[used(axis)].tolist(), reverse=True) for axis in routed]
+    return active | {"used": by_layer, "busiest_to_least": [layer[0] / max(layer[-1], 1e-9) for layer in by_layer]}
+
+
+def trained(model: nn.Module, state: Path, tokenizer: Any, text: str, tokens: int) -> None:
+    """Train a model, in place, from where `state` says that it stands."""
     rows = training_rows(tokenizer, text, length=LENGTH, tokens=tokens, seed=0, warn=print)
     feed, progress = Fixed(rows), TrainState()
     optimizer = make_optimizer(model, lr=LR, weight_decay=0.0, betas=(0.9, 0.95))
-    state = folder / "state.pt"
     if state.exists():
         kept: Mapping[str, Any] = torch.load(state, weights_only=True)
         model.load_state_dict(kept["model"])
@@ -91,18 +114,16 @@ def trained(model: nn.Module, folder: Path, tokenizer: Any, text: str, tokens: i
         objective=balanced, schedule=partial(wsd, warmup=0.05, decay=0.2, floor=0.0), lr=LR, batch_rows=BATCH_ROWS, dtype="float32",
         micro_tokens=BATCH_ROWS * LENGTH,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
     saved = began = time.monotonic()
     for step in steps(model, feed, optimizer, progress, how, until=len(rows)):
         step.take()
         if step.step % 20 == 0:
-            print(f"{folder.name} {step.tokens:,} of {tokens:,}: {step.loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{state.stem} {step.tokens:,} of {tokens:,}: {step.loss:.3f}, {time.monotonic() - began:.0f} s", flush=True)
         if time.monotonic() - saved > SECONDS:
             whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "progress": asdict(progress)}
             torch.save(whole, state.with_suffix(".new"))
             state.with_suffix(".new").rename(state)
             saved = time.monotonic()
-    state.touch()
 
 
 def balanced(model: Any, ids: Tensor, predicted: Tensor | None = None) -> Tensor:

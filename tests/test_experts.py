@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import adapt_pruner as ap
+from adapt_pruner.compare.request import Request
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_active, num_left
@@ -22,7 +24,7 @@ from conftest import VOCAB, tiny_moe
 from test_cli import call
 
 TYPES = (
-    "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe", "minimax_m2", "qwen3_5_moe_text", "qwen3_next", "ernie4_5_moe", "deepseek_v3",
+    "qwen3_moe", "mixtral", "olmoe", "gpt_oss", "glm4_moe", "minimax_m2", "qwen3_5_moe_text", "qwen3_next", "ernie4_5_moe", "qwen2_moe",
 )  # fmt: skip
 IDS = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(3))
 
@@ -61,7 +63,7 @@ def test_experts_that_are_shut_equal_experts_that_are_gone_and_stock_code_loads_
     assert torch.equal(logits(model), whole), "the model is left as found"
     assert not torch.allclose(shut, whole)
     smaller = copy.deepcopy(model)
-    cut(smaller, convention.axes(smaller) if kind != "deepseek_v3" else axes, mask)
+    cut(smaller, convention.axes(smaller), mask)
     assert float((logits(smaller) - shut).abs().max()) <= 1e-9
     assert count_parameters(smaller) == num_left(model, axes, mask) < count_parameters(model)
     smaller.save_pretrained(tmp_path)
@@ -106,7 +108,7 @@ def by_hand(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         for expert, share in zip(best.indices.tolist(), best.values / best.values.sum(), strict=True):
             gate, up = (block.experts.gate_up_proj[expert] @ x).chunk(2)
             given = block.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
-            worth[expert] += float(share * given.norm())
+            worth[expert] += (share * given.norm()).detach()
             times[expert] += 1
     return worth / times.clamp_min(1), times / len(entering[0])
 
@@ -148,9 +150,10 @@ def test_prune_inspect_and_the_plan_say_what_is_stored_and_what_is_active(
     code, said, _ = call(monkeypatch, capsys, "inspect", out)
     assert f"{active:,} parameters are active in a token" in said
     assert "experts" in said.splitlines()[0]
+    shutil.copytree(moe, paper := moe.parent / "paper", ignore=shutil.ignore_patterns("*.safetensors"))
     recipe = moe.parent / "recipe.yaml"
     recipe.write_text(
-        f"{{model: {moe}, method: reap, budget: 75% of experts, calibration: {{source: {text}, samples: 4, length: 32}}}}"
+        f"{{model: {paper}, method: reap, budget: 75% of experts, calibration: {{source: {text}, samples: 4, length: 32}}}}"
     )
     code, said, _ = call(monkeypatch, capsys, "run", recipe, "--dry-run")
     assert f"→ about {active:,}" in said
@@ -170,3 +173,27 @@ def test_what_cannot_be_is_refused_in_one_sentence(moe: Path, tokenizer: Any, tm
         ap.prune(moe, params="20% of experts", output=tmp_path / "few", **options)
     with pytest.raises(UsageError, match=r"metric 'experts.reap' gives no scores for kv_heads"):
         ap.prune(moe, params="90%", output=tmp_path / "heads", settings={"axes": ["experts", "kv_heads"]}, **options)
+
+
+def test_the_page_shows_experts_by_layer_and_how_often_each_was_used(moe: Path, tmp_path: Path) -> None:
+    result = ap.prune(
+        moe, params="50% of experts", output=tmp_path / "half", text=moe.parent / "text.txt", calibration_samples=4, calibration_length=32,
+        progress=False, method="frequency",
+    )  # fmt: skip
+    page = result.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "50% of the experts went" in page
+    assert "How often each expert was used" in page
+    assert "active in a token" in page
+    assert result.figures["active_params_before"] > result.figures["active_params_after"]
+    assert Mask(result.mask.kept).num_removed() == 3 * 4
+
+
+def test_compare_takes_shares_of_experts_and_gives_all_methods_the_same_axes() -> None:
+    request = Request(
+        model="m", methods=("reap", "frequency", "random"), params=("75% of experts", "50% of experts"), texts=("t",), overrides=("axes=[experts]",)
+    ).checked()  # fmt: skip
+    cells = request.cells(1000, 800, 400)
+    assert {cell.size for cell in cells} == {900, 800}
+    assert {cell.recipe.axes for cell in cells} == {("experts",)}
+    with pytest.raises(UsageError, match="is a share of experts, and this model has none"):
+        request.cells(1000, 800)
