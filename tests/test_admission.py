@@ -27,7 +27,14 @@ ADMITTED = {
     "glm4": {*INSIDE, *WHOLE},  # four norms, gate and up in one matrix
     "cohere2": {*INSIDE, "vocabulary", "layers"},  # both blocks read one norm, which subtracts a mean
     "olmo2": {"neurons", "attentions", "mlps", "vocabulary", "layers"},  # norms over all heads; blocks read the stream itself
-    "gpt_oss": {"kv_heads", "query_heads", "attentions", "vocabulary", "layers"},  # sinks; experts that give two outputs
+    "gpt_oss": {
+        "kv_heads",
+        "query_heads",
+        "experts",
+        "attentions",
+        "vocabulary",
+        "layers",
+    },  # sinks; experts that give two outputs
     "qwen3_5_text": {*INSIDE, "vocabulary"},  # linear attention stays; queries come with gates
     "helium": {"neurons", "attentions", "mlps", "vocabulary", "layers"},  # its constructor derives the size of heads
 }

@@ -224,7 +224,7 @@ def prune(
             (a Recipe, or a file that ends in .yaml), which replaces the arguments from `tokenizer` to `dtype`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
         tokenizer: needed only for a model in memory.
-        params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
+        params: parameters to keep: "110M", 110_000_000, "80%" of the model, "80% of decoder", or "75% of experts".
         latency: instead of `params`: time that the pruned model may take, as a share of the dense model's, such as "0.7x";
             measured on this machine.
         latency_of: what `latency` times: prefill (reading a prompt, the default) or decode (writing the answer).
@@ -365,7 +365,7 @@ def shrink(
         output: the run's folder, new or of a run that was stopped; without it a temporary one, which lives as long as the result.
             A stopped run of a model in memory cannot go on, since its recipe names a copy that is gone; save the model first.
         tokenizer: needed only for a model in memory.
-        params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
+        params: parameters to keep: "110M", 110_000_000, "80%" of the model, "80% of decoder", or "75% of experts".
         text: your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. By default
             the model writes it: conversations, or plain text.
         minutes: minutes that the whole run may take.

@@ -97,7 +97,13 @@ def prune(
 
 def _print_sizes(figures: Mapping[str, Any]) -> None:
     rows = []
-    names = {"params": "parameters", "decoder_params": "in the layers", "vocabulary": "tokens", "nonzero": "not zero"}
+    names = {
+        "params": "parameters",
+        "active_params": "active",
+        "decoder_params": "in the layers",
+        "vocabulary": "tokens",
+        "nonzero": "not zero",
+    }
     for key, name in names.items():
         if f"{key}_after" in figures:
             before, after = figures[f"{key}_before"], figures[f"{key}_after"]
@@ -244,6 +250,8 @@ def run(
 def _print_run(figures: Mapping[str, Any], trained: str = "") -> None:
     before, after = millions(figures["params_before"]), millions(figures["params_after"])
     print(f"{before} → {after} parameters{trained} in {span(figures['seconds'])}")
+    if "active_params_after" in figures:
+        print(f"active in a token: {millions(figures['active_params_before'])} → {millions(figures['active_params_after'])}")
     if "nonzero_after" in figures:
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
@@ -302,6 +310,8 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
     )
     if plan["too_large"]:
         print(f"it does not fit: {plan['too_large']}")
+    if plan["active_params_before"] is not None:
+        print(f"parameters active in a token: {plan['active_params_before']:,} → about {plan['active_params_after']:,}")
     without = f"; not counted: {', '.join(plan['time_without'])}" if plan["time_without"] else ""
     by = {"assumption": "the time assumes", "probe": "the time is from a probe"}[plan["time_by"]]
     print(f"{by}: {plan['speed']}{without}")

@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import identity
@@ -44,7 +45,7 @@ from adapt_pruner.data.sources import SELF, beginning, domains, texts
 from adapt_pruner.data.tokens import calibration_ids, digest_of, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line, option
-from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.anatomy import decoder_parameters, expert_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
@@ -117,7 +118,8 @@ def _check_room(request: Request) -> None:
     if locate(request.model)[1] is not None:
         return
     model = load_shapes(request.model, trust_remote_code=request.trust_remote_code)
-    for cell in request.cells(count_parameters(model), decoder_parameters(model)):
+    experts = expert_parameters(families.axes(model))
+    for cell in request.cells(count_parameters(model), decoder_parameters(model), experts):
         trouble = ""
         with suppress(UsageError):  # a cell that cannot be made says so when its turn comes
             trouble = room(cell.recipe, trust_remote_code=request.trust_remote_code)
@@ -152,7 +154,7 @@ def _prepared(loaded: Loaded, request: Request, listen: Listener) -> _Prepared:
         UsageError: a size is above the model's own, or a text is not there or too short.
     """
     params = count_parameters(loaded.model)
-    cells = request.cells(params, decoder_parameters(loaded.model))
+    cells = request.cells(params, decoder_parameters(loaded.model), expert_parameters(families.axes(loaded.model)))
     windows = {
         text: held_out_windows(loaded.tokenizer, source=text, window=request.window, max_windows=request.max_windows)
         for text in request.texts

@@ -93,7 +93,7 @@ class Request:
             if not any(map(str.strip, words)):
                 raise UsageError(f"{option(name)} is empty; give at least one")
         for size in filter(None, self.params):
-            Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0)
+            Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0, experts=_ANY_SIZE)
         patterns = tuple(str(Pattern.parse(written)) for written in self.sparsity)
         for key in sorted(keys_of(self.overrides) & {"model", *_KEYS}):
             instead = option(_KEYS[key]) if key in _KEYS else "MODEL"
@@ -142,17 +142,19 @@ class Request:
             recipe.refuse([key for key in unread[method] if all(key in keys for keys in unread.values())])
         return {method: recipe.fitted() for method, recipe in shared.items()}
 
-    def cells(self, dense: int, decoder: int) -> list["Cell"]:
+    def cells(self, dense: int, decoder: int, experts: int = 0) -> list["Cell"]:
         """Every cell of the comparison: the first draw of all cells before the second of any, large sizes before small ones.
 
         Args:
             dense: parameters of the model.
             decoder: those of them in its decoder layers.
+            experts: those of them that belong to experts which a router chooses.
 
         Raises:
             UsageError: a size is above the model's own.
         """
-        kept = {Budget.parse(size, dense=dense, decoder=decoder, outside=dense - decoder).keep for size in self.params}
+        whole = {"dense": dense, "decoder": decoder, "outside": dense - decoder, "experts": experts}
+        kept = {Budget.parse(size, **whole).keep for size in self.params}
         sizes = [*((size, "") for size in sorted(kept, reverse=True)), *((dense, pattern) for pattern in self.sparsity)]
         cells = []
         for draw, (size, sparsity), method in itertools.product(range(self.num_draws), sizes, self.methods):

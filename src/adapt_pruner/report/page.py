@@ -85,6 +85,7 @@ def pictures(figures: Figures) -> list[charts.Chart]:
     single = (charts.anatomy(figures), charts.importance(figures), charts.sparsity(figures), charts.costs(figures))
     possible: list[charts.Chart | None] = [
         *single,
+        charts.usage(figures),
         charts.search(figures),
         charts.widths(figures),
         *charts.cut_lines(figures),

@@ -37,7 +37,7 @@ from adapt_pruner.data.sources import Source, domains, written_spec
 from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of, token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError, of_all
-from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.anatomy import decoder_parameters, expert_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
@@ -170,7 +170,11 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     keep = latency.params_to_keep(recipe, figures)
     start, decoder = sizes_begun(work)
     budget = Budget.parse(
-        recipe.budget if keep is None else keep, dense=work.dense_params, decoder=decoder, outside=start - decoder
+        recipe.budget if keep is None else keep,
+        dense=work.dense_params,
+        decoder=decoder,
+        outside=start - decoder,
+        experts=expert_parameters(work.axes, work.state.began),
     )
     total = work.num_params
     _check_zeros(work, cuts=total > budget.keep)
@@ -205,7 +209,7 @@ def _check_class(work: Work) -> None:
 def _check_saved(work: Work) -> None:
     """Refuse to make layers that differ in size if no class builds such a model, before any work is done."""
     recipe = work.recipe
-    unequal = [axis for axis in recipe.axes if axis not in OF_THE_MODEL]
+    unequal = [axis for axis in recipe.axes if axis not in (*OF_THE_MODEL, "experts")]  # layers have as many experts each
     blocks = [axis for axis in unequal if axis in BLOCKS]
     chosen = "chosen" in parts.needs("reduce", recipe.reduce)
     if chosen and (blocks or (unequal and not recipe.equal_widths)) and not can_save_unequal_layers(work.model):

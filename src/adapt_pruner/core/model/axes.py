@@ -29,7 +29,7 @@ Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a group of an axis only."""
 
 
-GateKind = Literal["inputs", "channels", "logits", "whole"]
+GateKind = Literal["inputs", "channels", "logits", "routed", "whole"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class Gate:
         inputs      each entry owns `width` consecutive input features of the linear layer `module`; shutting sets them to zero
         channels    each entry is a channel that the norms `module` and `also` read; shutting sets it to zero there
         logits      each entry is a logit of the model, computed by `module`; shutting sets it to -inf: a token never said
+        routed      each entry is an expert, which the router `module` may choose for a token; shutting sets its logit and its term in
+                    each tensor of `also` to -inf: an expert that no token goes to
         whole       each unit is a module of the list `module`; shutting makes it return its input. If the axis has `modules`, its
                     one unit is a block and `module` is the last of these; shutting adds zeros to the stream
 
@@ -61,7 +63,8 @@ class Gate:
         module: the dotted name; for channels, that of the last norm, before the head.
         width: features of an entry, for inputs.
         kind: see above. Metrics never get an axis of kind `logits`.
-        also: for channels, the norms inside the layers.
+        also: for channels, the norms inside the layers; for routed, the parameters and buffers that the router adds to its scores when
+            it chooses.
         dim: for inputs, the dimension of the layer's weight that holds them: 1 for `nn.Linear`, 0 for GPT-2's `Conv1D`.
     """
 
@@ -98,6 +101,8 @@ class Axis:
         slices: the parts of parameters that shrink with the axis.
         fields: config fields that state the number of entries, each with the factor by which it counts an entry.
         attributes: dotted names of module attributes that state the number of units.
+        totals: dotted names of module attributes that state the number of entries.
+        buffers: the parts of buffers that shrink with the axis; they are no parameters and cost nothing.
         readers: modules that read `fields` from their `config` as they run; each gets a config that states its own layer's
             values.
         pins: config fields to write out, because stock code would otherwise derive them from a field that changes.
@@ -111,6 +116,8 @@ class Axis:
         enclosing: names of the axes whose units contain the entries, the same number in each unit, from the inside out. Query
             heads name KV heads and attention.
         may_be_empty: whether all units may go, as the one unit of a block may.
+        fewest: units that must stay in any case, if not all may go.
+        per_token: entries that a token goes through, if it does not go through all: the experts that a router chooses for it.
         modules: for a block, the modules removed with it, in the order in which the stream passes them: the norm that reads the
             stream, the attention or MLP, and a norm after it if there is one. The output of the last is added to the stream.
         pattern: the kind of each unit, if the units that stay must be of the same kinds as the first units, in the same order;
@@ -124,6 +131,8 @@ class Axis:
     slices: tuple[Slice, ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
     attributes: tuple[str, ...] = ()
+    totals: tuple[str, ...] = ()
+    buffers: tuple[Slice, ...] = ()
     readers: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
@@ -135,6 +144,8 @@ class Axis:
     modules: tuple[str, ...] = ()
     enclosing: tuple[str, ...] = ()
     may_be_empty: bool = False
+    fewest: int = 1
+    per_token: int = 0
     pattern: tuple[str, ...] = ()
 
     @property
@@ -149,8 +160,8 @@ class Axis:
 
     @property
     def least(self) -> int:
-        """Units that must stay: 1, or 0 where the axis may be empty."""
-        return 0 if self.may_be_empty else 1
+        """Units that must stay: 0 where the axis may be empty, mostly 1; of experts, those that a token needs."""
+        return 0 if self.may_be_empty else self.fewest
 
     @property
     def layer(self) -> int | None:
@@ -392,6 +403,10 @@ def in_pattern(pattern: Sequence[str], scores: Sequence[float], count: int) -> l
 def _check_something_stays(axis: Axis, keep: Tensor) -> None:
     if not keep.any() and not axis.may_be_empty:
         raise ValueError(f"mask of {axis.name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
+    if axis.fewest > 1 and (left := int(keep.view(axis.groups, -1).sum(dim=1).min())) < axis.fewest:
+        raise ValueError(
+            f"mask of {axis.name!r} keeps {left} of {axis.size} units; at least {axis.fewest} must stay, since a token needs them"
+        )
 
 
 def _without_block(kept: Mapping[str, Tensor]) -> set[int | None]:
