@@ -22,12 +22,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
+from adapt_pruner.families import admission
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 
 os.fsync = lambda handle: None  # what a machine loses that loses its power is not tested, and a fsync takes 30 ms
@@ -64,6 +65,13 @@ def tiny_model(layout: tuple[str, str] = ("llama", "llama"), *, seed: int = 0, *
         else:
             parameter.data.mul_(4)  # the usual initialisation is so small that layers hardly matter
     return model
+
+
+def tiny_moe() -> Any:
+    """A random Qwen3-MoE of three layers with eight experts, of which a token goes through two."""
+    config = admission.shrunk(AutoConfig.for_model("qwen3_moe"))
+    config.vocab_size = VOCAB
+    return admission.tiny_model(config).float()
 
 
 @dataclass

@@ -17,6 +17,7 @@ from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
+from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.families import admission, convention
 from conftest import VOCAB
 
@@ -31,9 +32,9 @@ ADMITTED = {
     "exaone4": {*INSIDE, *WHOLE},  # norms inside heads, and blocks that read the stream itself
     "gpt2": {*OF_HEADS, "vocabulary", "layers"},  # weights the other way round; its constructor derives the size of heads
     "gpt_neox": {*OF_HEADS, "vocabulary", "layers"},  # queries, keys and values head by head; parallel blocks
-    "deepseek_v3": {*OF_HEADS, "vocabulary", "layers"},  # keys and values from a vector that all heads share; experts stay whole
+    "deepseek_v3": {*OF_HEADS, "experts", "vocabulary", "layers"},  # keys and values from a vector that all heads share
     "minicpm3": {*OF_HEADS, "vocabulary", "layers"},
-    "gpt_oss": {"kv_heads", "query_heads", "attentions", "vocabulary", "layers"},  # sinks; experts that give two outputs
+    "gpt_oss": {*INSIDE, "experts", "vocabulary", "layers"} - {"neurons", "mlps"},  # sinks; experts that give two outputs
     "qwen3_5_text": {*INSIDE, "vocabulary", "layers"},  # linear attention stays; queries come with gates
     "helium": {*INSIDE, *WHOLE},  # its constructor derives the size of heads
 }
@@ -165,3 +166,11 @@ def test_an_axis_of_a_layer_with_experts_or_linear_attention_is_left_out() -> No
             kinds.setdefault(axis.layer, set()).add(axis.kind)
     assert kinds[0] == {"neurons", "mlps"}
     assert kinds[3] == {*INSIDE}
+
+
+@pytest.mark.parametrize(
+    ("kind", "experts"), [("mixtral", [(8, 40)] * 3), ("gpt_oss", [(8, 40)] * 3), ("deepseek_v3", [(0, 0), (8, 24), (8, 24)])]
+)
+def test_a_layer_says_how_many_experts_it_has_and_how_wide_they_are(kind: str, experts: list[tuple[int, int]]) -> None:
+    layers = anatomy(_model(kind))["layers"]
+    assert [(layer["experts"], layer["expert_neurons"]) for layer in layers] == experts

@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import differing, methods, parts, read
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.run.start import begin, prepare
-from conftest import VOCAB, byte_tokenizer, suited, tiny_model
+from conftest import VOCAB, byte_tokenizer, suited, tiny_model, tiny_moe
 
 SHORTER = {
     "grasprune": {"reduce": "greedy_gates(updates=4, scale_updates=4)"},
@@ -39,17 +39,29 @@ def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "moe"
+    tiny_moe().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", methods())
-def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_every_row_names_its_paper_and_meets_the_budget(
+    name: str, deep_folder: Path, moe_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
     row = yaml.safe_load(methods()[name].read_text(encoding="utf-8"))
     assert row["method"] == name
     assert "arXiv:" in row["paper"] or name == "random"
+    kind = "experts" if "experts" in row.get("axes", ()) else "neurons"
+    folder = moe_folder if kind == "experts" else deep_folder
     zeros = "sparsity" in parts.needs("reduce", row.get("reduce", "units"))
     calibration = {"source": str(text_file), "samples": 4, "length": 32}
     if "self_generated" in row.get("calibration", {}):
         calibration["self_generated"] = 4
     asked = suited({
-        "model": str(deep_folder), **({"sparsity": "2:4"} if zeros else {"budget": "85%"}), "method": name, "dtype": "float32",
+        "model": str(folder), **({"sparsity": "2:4"} if zeros else {"budget": "85%"}), "method": name, "dtype": "float32",
         "calibration": calibration, **SHORTER.get(name, {}),
     })  # fmt: skip
     if "training" in SHORTER.get(name, {}):
@@ -61,15 +73,15 @@ def test_every_row_names_its_paper_and_meets_the_budget(name: str, deep_folder: 
         assert made.weight_mask.broken(made.model) == []
         assert figures["params_after"] == figures["params_before"]
         return
-    costs = {axis.kind: axis.cost for axis in families.axes(load(str(deep_folder)).model)}
-    unit = costs["neurons" if "neurons" in asked.axes else "layers"]
+    costs = {axis.kind: axis.cost for axis in families.axes(load(str(folder)).model)}
+    unit = costs[kind if kind in asked.axes else "layers"]
     left = load(str(tmp_path / "out")).model
     assert count_parameters(left) == figures["params_after"] <= figures["budget"]
     if (
         not asked.reduce.startswith(("slice", "hard_concrete")) and name != "self-pruner"
     ):  # which goes by widths that are multiples of 8
-        widths = {axis.size for axis in families.axes(left) if axis.kind == "neurons"}
-        within = unit * (12 if "neurons" in asked.axes and len(widths) == 1 else 1)  # of each layer, where all are alike
+        widths = {axis.size for axis in families.axes(left) if axis.kind == kind}
+        within = unit * (12 if kind in asked.axes and len(widths) == 1 else 1)  # of each layer, where all are alike
         assert figures["budget"] - within < figures["params_after"]
 
 

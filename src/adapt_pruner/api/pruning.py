@@ -30,6 +30,7 @@ from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.core.events import Event
 from adapt_pruner.core.events.words import measured_text, millions, span
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import UsageError
 
@@ -153,7 +154,7 @@ class Result:
         from adapt_pruner.report.record import read_record, record_of_result
 
         if self._run_dir is not None:
-            record, place = read_record(self._run_dir), self._run_dir / "report.html"
+            record, place = read_record(self._run_dir), self._run_dir / filenames.PAGE
         else:
             record, place = record_of_result(self.path, self._events), self.path.with_name(f"{self.path.name}.html")
         place = place if output is None else expanded(output)
@@ -223,7 +224,7 @@ def prune(
             (a Recipe, or a file that ends in .yaml), which replaces the arguments from `tokenizer` to `dtype`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
         tokenizer: needed only for a model in memory.
-        params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
+        params: parameters to keep: "110M", 110_000_000, "80%" of the model, "80% of decoder", or "75% of experts".
         latency: instead of `params`: time that the pruned model may take, as a share of the dense model's, such as "0.7x";
             measured on this machine.
         latency_of: what `latency` times: prefill (reading a prompt, the default) or decode (writing the answer).
@@ -364,7 +365,7 @@ def shrink(
         output: the run's folder, new or of a run that was stopped; without it a temporary one, which lives as long as the result.
             A stopped run of a model in memory cannot go on, since its recipe names a copy that is gone; save the model first.
         tokenizer: needed only for a model in memory.
-        params: parameters to keep: "110M", 110_000_000, "80%" of the model, or "80% of decoder".
+        params: parameters to keep: "110M", 110_000_000, "80%" of the model, "80% of decoder", or "75% of experts".
         text: your text, for training and calibration: file, folder, glob or hub:NAME; a part is held out to measure on. By default
             the model writes it: conversations, or plain text.
         minutes: minutes that the whole run may take.
@@ -440,4 +441,6 @@ def _ran(
     outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     kept: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures
-    return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept)
+    return Result(
+        place / filenames.RESULT, recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept
+    )

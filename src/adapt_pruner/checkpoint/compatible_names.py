@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import read_json, to_json
 
 _PREFIX = "pruned_"  # the same as in modeling_pruned.py
@@ -25,7 +26,7 @@ _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_ba
 
 def write_compatible_names(folder: Path) -> None:
     """Add these names, in place, to a folder that transformers 5 has written; see the top of this file."""
-    for name, change in (("config.json", _older_config), ("tokenizer_config.json", _older_tokenizer)):
+    for name, change in ((filenames.CONFIG, _older_config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
             path.write_text(to_json(dict(sorted(change(read_json(path)).items())), indent=2) + "\n", encoding="utf-8")

@@ -32,6 +32,7 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.weight_mask import WeightMask
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
@@ -200,11 +201,11 @@ def save(
         for name in _built_by(config)[1]:
             shutil.copyfile(Path(str(modeling_pruned.__file__)).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
-            (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
+            (folder / filenames.MASK).write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if weight_mask is not None:
             write_weight_mask(weight_mask, folder)
         if pruning is not None:
-            (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
+            (folder / filenames.PRUNING).write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
         write_more(folder)
 
 

@@ -29,21 +29,31 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: J
     if as_json:
         print(to_json({"model": model, **figures}))
         return
+    routed = ["experts"] if any(row["experts"] for row in figures["layers"]) else []
     zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
-            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", f"{row['params']:,}",
+            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
+            f"{row['params']:,}",
             *(f"{row['nonzero']:,}" for _ in zeros), _share(row),
         ]
         for row in figures["layers"]
     ]  # fmt: skip
-    print_table(["layer", "heads", "KV heads", "neurons", "parameters", *zeros, "of dense"], rows)
+    print_table(["layer", "heads", "KV heads", "neurons", *routed, "parameters", *zeros, "of dense"], rows)
     whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
     print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
+    if routed:
+        print(
+            f"{figures['active_params']:,} parameters are active in a token, {figures['active_params'] / figures['params']:.1%} of those stored"
+        )
     if zeros:
         pattern = None if loaded.weight_mask is None else loaded.weight_mask.pattern
         stored = f"{figures['nonzero'] / figures['params']:.1%} of those stored{'' if pattern is None else f', {pattern.words}'}"
         print(f"{figures['nonzero']:,} parameters are not zero, {stored}")
+
+
+def _experts(row: dict[str, Any]) -> str:
+    return f"{row['experts']} of {row['expert_neurons']:,}" if row["experts"] else "0"
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from adapt_pruner.cli.options import Json, options_of, written_to
 from adapt_pruner.cli.tables import print_table, said_perplexities
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, compact, counted, measured_text, millions, span, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -96,7 +97,13 @@ def prune(
 
 def _print_sizes(figures: Mapping[str, Any]) -> None:
     rows = []
-    names = {"params": "parameters", "decoder_params": "in the layers", "vocabulary": "tokens", "nonzero": "not zero"}
+    names = {
+        "params": "parameters",
+        "active_params": "active",
+        "decoder_params": "in the layers",
+        "vocabulary": "tokens",
+        "nonzero": "not zero",
+    }
     for key, name in names.items():
         if f"{key}_after" in figures:
             before, after = figures[f"{key}_before"], figures[f"{key}_after"]
@@ -148,7 +155,7 @@ def shrink(
             _say_what_there_is(output, listen)
             raise
     figures = outcome.figures if outcome is not None else figures_of(output)
-    model = output / "model"
+    model = output / filenames.RESULT
     if as_json:
         print(to_json(figures | {"path": str(model)}))
         return
@@ -173,7 +180,7 @@ def _say_what_there_is(run_dir: Path, listen: Any) -> None:
     from adapt_pruner.run.folder import RunFolder
 
     newest, state, _ = RunFolder(run_dir).newest(thorough=False)
-    if newest is None or (run_dir / "model").is_dir():  # nothing is kept yet, or the result is there, which was said
+    if newest is None or (run_dir / filenames.RESULT).is_dir():  # nothing is kept yet, or the result is there, which was said
         return
     trained = state["progress"]["tokens"]
     params = (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"]
@@ -227,7 +234,7 @@ def run(
         return
     with world.joined(lost=_end):
         run_dir = output or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        page, model = run_dir / "report.html", run_dir / "model"
+        page, model = run_dir / filenames.PAGE, run_dir / filenames.RESULT
         before = None if _stamp(model) else _stamp(page)  # a finished run keeps its page
         figures = unwrap(pruning.run)(resolved, run_dir, progress=True, **options).figures
     if not world.is_main():
@@ -243,6 +250,8 @@ def run(
 def _print_run(figures: Mapping[str, Any], trained: str = "") -> None:
     before, after = millions(figures["params_before"]), millions(figures["params_after"])
     print(f"{before} → {after} parameters{trained} in {span(figures['seconds'])}")
+    if "active_params_after" in figures:
+        print(f"active in a token: {millions(figures['active_params_before'])} → {millions(figures['active_params_after'])}")
     if "nonzero_after" in figures:
         print(f"not zero: {millions(figures['nonzero_before'])} → {millions(figures['nonzero_after'])}")
     if figures.get("perplexities"):
@@ -301,6 +310,8 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
     )
     if plan["too_large"]:
         print(f"it does not fit: {plan['too_large']}")
+    if plan["active_params_before"] is not None:
+        print(f"parameters active in a token: {plan['active_params_before']:,} → about {plan['active_params_after']:,}")
     without = f"; not counted: {', '.join(plan['time_without'])}" if plan["time_without"] else ""
     by = {"assumption": "the time assumes", "probe": "the time is from a probe"}[plan["time_by"]]
     print(f"{by}: {plan['speed']}{without}")

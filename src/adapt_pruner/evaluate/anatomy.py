@@ -1,7 +1,8 @@
 """What a model is made of: parameters in all, in its layers, and layer by layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.model.weight_mask import count_nonzero
 
 
@@ -22,6 +24,11 @@ def decoder_parameters(model: nn.Module) -> int:
     return count_parameters(model.get_submodule(depth.gate.module))
 
 
+def expert_parameters(axes: Iterable[Axis], sizes: Mapping[str, int] = MappingProxyType({})) -> int:
+    """Parameters of all experts that a router chooses, with their rows of it; `sizes` are those of the axes, if not those of now."""
+    return sum(sizes.get(axis.name, axis.size) * axis.cost for axis in axes if axis.per_token)
+
+
 def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | None = None) -> dict[str, Any]:
     """For each layer its sizes, its parameters, and its share of the dense model if the mask tells it.
 
@@ -31,9 +38,9 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         dense_params: parameters of the dense model, if known.
 
     Returns:
-        `params`, `decoder_params`, `share_of_dense` (None if not known) and `layers`, one dict per layer with `layer` (its number
-        now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `params`, `nonzero`,
-        `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
+        `params`, `active_params` (those that one token goes through), `decoder_params`, `share_of_dense` (None if not known) and
+        `layers`, one dict per layer with `layer` (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`,
+        `neurons`, `experts`, `expert_neurons` (of each), `params`, `nonzero`, `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
         attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was.
     """
     axes = families.declared(model)
@@ -46,8 +53,10 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         params = count_parameters(stack[i])
         kv_heads, neurons = sizes.get("kv_heads", 0), sizes.get("neurons", 0)
         heads = sizes.get("query_heads", kv_heads)  # where all heads have keys of their own, there is no axis of query heads
+        experts, expert_neurons = _experts(model, [axis for axis in axes if axis.layer == i and axis.per_token])
         layers.append({
-            "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons, "params": params,
+            "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons,
+            "experts": experts, "expert_neurons": expert_neurons, "params": params,
             "nonzero": count_nonzero(stack[i]),
             "share_of_dense": None
             if mask is None or families.is_sliced(model.config) or not (heads and neurons)
@@ -56,11 +65,21 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     params, decoder = count_parameters(model), count_parameters(stack)
     return {
         "params": params,
+        "active_params": num_active(model, axes),
         "decoder_params": decoder,
         "nonzero": count_nonzero(model),
         "share_of_dense": dense_params and params / dense_params,
         "layers": layers,
     }
+
+
+def _experts(model: nn.Module, axes: Sequence[Axis]) -> tuple[int, int]:
+    """The number of experts of a layer and the neurons of each, from its axes of experts; zeros if it has none."""
+    for axis in axes:
+        tensors = [model.get_parameter(piece.parameter) for piece in axis.slices]
+        read = model.get_parameter(f"{axis.gate.module}.weight").shape[-1]  # by the router
+        return axis.entries, min(tensor[0].numel() for tensor in tensors if tensor.ndim == 3) // read
+    return 0, 0
 
 
 def _dense_parameters(layer: nn.Module, prefix: str, axes: Sequence[Axis], mask: Mask, dense_layer: int) -> int:

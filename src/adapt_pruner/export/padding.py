@@ -15,7 +15,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.core.model.kinds import LABELS, USUAL
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, settings
 
 _NO_MASK = (
     "padding changes the shape of layers that have zeros, so this folder has no mask over weights, and training would fill the zeros; "
@@ -72,17 +72,17 @@ def check_layers(config: Any, form: str) -> None:
     if families.is_sliced(config):
         raise UsageError(
             f"the model is sliced (reduce: slice), and {form} has no place for the maps beside its layers; "
-            "export it --to onnx, or prune heads and neurons instead"
+            "export it to onnx, or prune heads and neurons instead"
         )
     if getattr(config, "block_sums", 0):
         raise UsageError(
-            f"the model has SLoRB matrices beside its zeros, and {form} has no place for them; export it --to onnx, or train with slorb=0"
+            f"the model has SLoRB matrices beside its zeros, and {form} has no place for them; export it to onnx, or train with slorb=0"
         )
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
     if lacking:
         raise UsageError(
             f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to "
-            f"{form} does not support yet; export it --to onnx, or prune heads and neurons instead"
+            f"{form} does not support yet; export it to onnx, or prune heads and neurons instead"
         )
 
 
@@ -103,7 +103,7 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
         raise UsageError(
             "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not support yet; use the "
-            "checkpoint as it is, or export it --to onnx"
+            "checkpoint as it is, or export it to onnx"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
     if "model.layers.0.mlp.gate_proj.weight" not in state:
@@ -167,7 +167,7 @@ def stock_model(model: Any, size: LayerSizes, *, instead: str) -> Any:
     if surplus := sorted(state.keys() - expected.keys()):
         raise UsageError(
             f"{type(stock).__name__} has no place for {surplus[0]}, which a repair added; use the checkpoint as it is, export "
-            "it --to onnx, or prune with --set repair=null"
+            f"it to onnx, or prune with {settings({'repair': None})}"
         )
     for name in expected.keys() - state.keys():
         assert name.endswith(".bias"), name

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.overrides import TorchFunctionMode
 
-from adapt_pruner.core.model import modeling_pruned
+from adapt_pruner.core.model import modeling_pruned, routed
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated, num_left
@@ -35,7 +35,7 @@ from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.strict_json import remembered
 from adapt_pruner.errors import first_line
-from adapt_pruner.families import convention
+from adapt_pruner.families import convention, experts
 
 GAP = 1e-9
 ROUNDED = 1e-4  # of a model built anew, whose positions were computed in float32
@@ -62,7 +62,7 @@ _OF_ONE_FOLDER = {
 """Fields that say nothing of the class that builds a model."""
 _LEAST_LAYERS, _MOST_LAYERS = 3, 8
 _SAID = 160  # characters of a reason
-KINDS = ("neurons", "kv_heads", "query_heads", "attentions", "mlps", "residual", "vocabulary", "layers")
+KINDS = ("neurons", "kv_heads", "query_heads", "experts", "attentions", "mlps", "residual", "vocabulary", "layers")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,10 @@ def fingerprint(tiny: Any) -> str:
 @cache
 def code() -> str:
     """Another word for each change of the code that decides a verdict, and of the libraries that it calls."""
-    ours = [Path(str(module.__file__)).read_bytes() for module in (convention, modeling_pruned, sys.modules[__name__])]
+    ours = [
+        Path(str(module.__file__)).read_bytes()
+        for module in (convention, experts, modeling_pruned, routed, sys.modules[__name__])
+    ]
     return hashlib.sha256(b"".join([*ours, version("transformers").encode(), version("torch").encode()])).hexdigest()[:16]
 
 
@@ -222,7 +225,9 @@ def _tried(tiny: Any) -> Verdict:
     except AttributeError:
         return Verdict(refused={"all": "its modules have other names than those of a Llama, GPT-2 or GPT-NeoX"})
     kinds = [kind for kind in KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
-    refused = {kind: "its modules are of another kind" for kind in KINDS if all(axis.kind != kind for axis in axes)}
+    routed = any(name.endswith(".experts") for name, _ in model.named_modules())
+    named = [kind for kind in KINDS if routed or kind != "experts"]
+    refused = {kind: "its modules are of another kind" for kind in named if all(axis.kind != kind for axis in axes)}
     refused |= {kind: why for kind in kinds if (why := _why_not(model, axes, (kind,), ids, dense))}
     admitted = [kind for kind in kinds if kind not in refused]
     if why := _why_not(model, axes, admitted, ids, dense):
@@ -272,7 +277,7 @@ def random_mask(axes: Sequence[Axis], seed: int, ids: Tensor | None = None) -> M
         if axis.may_be_empty:
             kept[axis.name] = torch.rand(1, generator=generator) < 0.5
         elif axis.size > 1:
-            number = max(1, axis.size // 2)
+            number = max(axis.least, axis.size // 2)
             order = torch.rand(axis.groups, axis.size, generator=generator).argsort(dim=1)
             kept[axis.name] = (order < number).flatten()
             kept[axis.name][list(axis.stays)] = True

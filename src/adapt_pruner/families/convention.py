@@ -14,6 +14,7 @@ Axes:
     layers.I.kv_heads                       a KV head with all its query heads. Query head h reads KV head h // group, so a whole
                                             group goes as one block and the ratio of heads stays
     layers.I.query_heads                    one query head of every group
+    layers.I.experts                        see `families.experts`
     residual                                a channel of the stream that all layers read and write
     vocabulary                              a token: its row of the input embedding, and of the head if that is another matrix
     layers                                  a whole layer
@@ -37,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.core.model.modeling_pruned import ATTENTIONS, MLPS, OUTPUTS, STACKS, _OwnConfig, ends_of, name_in, norms_of
+from adapt_pruner.families.experts import experts
 
 _FUSED = "gate_up_proj"
 _LINEAR_ATTENTION = "linear_attn"
@@ -60,7 +62,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
     inside = [
         axis
         for index, layer in enumerate(model.get_submodule(stack_of(model)))
-        for axis in (*heads(model, index, layer), *neurons(model, index, layer))
+        for axis in (*heads(model, index, layer), *neurons(model, index, layer), *experts(model, index, layer))
     ]
     whole = () if is_sliced(model.config) else (*whole_blocks(model), *residual(model))
     return (*inside, *whole, vocabulary(model), whole_layers(model))

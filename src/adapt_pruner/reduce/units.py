@@ -30,9 +30,10 @@ from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
 from adapt_pruner.reduce.choose.allocate import Debt
 from adapt_pruner.reduce.choose.cutline import cut_line
-from adapt_pruner.reduce.choose.widths import check_multiple, fitting, levelled
+from adapt_pruner.reduce.choose.widths import alike_experts, check_multiple, fitting, levelled
 from adapt_pruner.reduce.repair.closed_form import without_bias
 from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, evidence_needed, score, score_sequentially
+from adapt_pruner.score.experts import usage, used
 from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
 _HEAD_TOKENS = 1024  # tokens on which a KV head is measured
@@ -63,8 +64,9 @@ class Units(Reduction):
                 "out attentions and mlps, or set periodic=false"
             )
         check_multiple(prunable(work), work.multiple_of)
-        if "inputs" in parts.needs("metric", recipe.metric):
-            _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and not axis.gate.is_linear})
+        for need, gate in (("inputs", "inputs"), ("experts", "routed")):
+            if need in parts.needs("metric", recipe.metric):
+                _check_scored(work, {axis.kind for axis in prunable(work) if axis.slices and axis.gate.kind != gate})
         evidence_of(work)
         if not (recipe.sequential_scoring and "sequential_scoring" in parts.reads("reduce", recipe.reduce)):
             return
@@ -196,6 +198,7 @@ class Units(Reduction):
                 "distances": scores["layers"].tolist() if "layers" in scores else None,
                 "blocks": {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules},
                 "scores": cut_line(may_shrink, scores, mask),
+                "used": {axis.name: scores[used(axis)].tolist() for axis in may_shrink if axis.per_token},
             }
             yield Change(mask, loss, told)
 
@@ -374,6 +377,8 @@ def metrics_of(work: Work, *, seed: int) -> list[Metric]:
     )
     if recipe.distance is not None and _layer_measure(work) is None:
         metrics.append(parts.bind("distance", recipe.distance))
+    if "experts" in recipe.axes:
+        metrics.append(usage)
     return metrics
 
 
@@ -419,7 +424,7 @@ def within_widths(work: Work, choose: Callable[..., Any]) -> Callable[..., tuple
             sizes = fitting(sizes, axes, scores=scores, multiple_of=multiple_of, equal_widths=equal)
         elif sum((axis.size - sizes[axis.name]) * axis.cost for axis in axes) >= budget.excess:
             sizes = levelled(sizes, work.axes)
-        return sizes, debt
+        return alike_experts(sizes, axes, scores=scores), debt
 
     return fitted
 
@@ -434,7 +439,7 @@ def _check_chosen(sizes: Mapping[str, Any], debt: Debt, axes: Sequence[Axis], *,
     for name, size in sizes.items():
         if name not in named:
             raise RunError(f"chooser {chooser!r} gives a size for {name}, which is not among the axes that it was given")
-        least, most = 0 if named[name].may_be_empty else 1, named[name].size
+        least, most = named[name].least, named[name].size
         if type(size) is not int or not least <= size <= most:
             raise RunError(f"chooser {chooser!r} gives {name} the size {size!r}; a size is a Python int from {least} to {most}")
     for name, share in debt.sparsity.items():

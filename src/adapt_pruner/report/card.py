@@ -21,6 +21,7 @@ from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, counted, millions, score, shots, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.core.system.terminal import visible
@@ -50,7 +51,7 @@ def write_card(folder: Path) -> None:
     """
     text = card_of(folder)
     try:
-        write_whole(folder / "README.md", text)
+        write_whole(folder / filenames.CARD, text)
     except OSError as error:
         raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
 
@@ -69,12 +70,12 @@ def write_card_of_export(source: Path, out: Path, form: str) -> str | None:
     Raises:
         RunError: the card could not be written.
     """
-    if not (source / "pruning.json").is_file():
+    if not (source / filenames.PRUNING).is_file():
         return None
     try:
-        config = out / "config.json"
-        shape = read_json(config if config.is_file() else source / "config.json")  # some forms have no config of their own
-        write_whole(out / "README.md", card_of(source, exported=(form, shape)))
+        config = out / filenames.CONFIG
+        shape = read_json(config if config.is_file() else source / filenames.CONFIG)  # some forms have no config of their own
+        write_whole(out / filenames.CARD, card_of(source, exported=(form, shape)))
     except UsageError as error:
         return f"the export has no model card: {error}"
     except OSError as error:
@@ -118,10 +119,10 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and pruning.json of a checkpoint; refuses the same folders as `card_of`."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name a checkpoint that shrink, prune or run wrote")
-    if (folder / "model" / "pruning.json").is_file():
+    if (folder / filenames.RESULT / filenames.PRUNING).is_file():
         raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
     contents: list[dict[str, Any]] = []
-    for name in ("config.json", "pruning.json"):
+    for name in (filenames.CONFIG, filenames.PRUNING):
         if not (folder / name).is_file():
             raise UsageError(
                 f"{folder} is not a checkpoint of adapt-pruner: it has no {name}; name a folder that shrink, prune or run wrote"
@@ -192,7 +193,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
-        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": _figure, "commas": "{:,}".format,
+        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": lambda value, digits: f"{value:,.{digits}f}" if _is_number(value) else "no number", "commas": "{:,}".format,
         "percent": "{:.1%}".format,
     }  # fmt: skip
     return environment.get_template("card.md")
@@ -446,7 +447,3 @@ def _entries(method: str) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _figure(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if _is_number(value) else "no number"

@@ -124,11 +124,12 @@ class HeatMap(Chart):
     low: str
     high: str
     by_rank: bool = False
+    row_is: str = "cut"
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows, with one column per layer."""
         rows = [[name, *(shown(value, self.form) for value in line)] for name, line in zip(self.rows, self.values, strict=True)]
-        return ["cut", *self.columns], rows
+        return [self.row_is, *self.columns], rows
 
     def shades(self) -> list[list[float | None]]:
         """The values as shades from 0 to 1: as shares of the highest value or, with `by_rank`, as the share of lower values."""
@@ -318,6 +319,25 @@ def cut_lines(figures: Figures) -> list[Histogram]:
                     )
                 )  # fmt: skip
     return histograms
+
+
+def usage(figures: Figures) -> HeatMap | None:
+    """How often each expert of each layer was used before the first cut, the busiest first; None for a model without experts."""
+    used = next((cut.used for cut in figures.cuts if cut.used), None)
+    if used is None:
+        return None
+    ordered = {layer: sorted(shares, reverse=True) for layer, shares in sorted(used.items())}
+    number = max(map(len, ordered.values()))
+    ranks = (
+        list(range(number)) if number <= _MOST_ROWS else [round(i * (number - 1) / (_MOST_ROWS - 1)) for i in range(_MOST_ROWS)]
+    )
+    values = [[shares[rank] if rank < len(shares) else None for shares in ordered.values()] for rank in ranks]
+    most, least = max(shares[0] for shares in ordered.values()), min(shares[-1] for shares in ordered.values())
+    return HeatMap(
+        "usage", "How often each expert was used",
+        f"Share of the calibration tokens that the router of a layer sent to an expert, busiest first, before the first cut: from {least:.1%} to {most:.1%}.",
+        list(map(str, ordered)), [f"expert {rank + 1} by use" for rank in ranks], values, "share", "never", f"{most:.0%} of tokens", row_is="expert",
+    )  # fmt: skip
 
 
 def costs(figures: Figures) -> Lines | None:

@@ -52,7 +52,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cut:
-    """An iteration of pruning: `tokens` trained, calibration `loss` and `layers` left (None for all), each before its cut."""
+    """An iteration of pruning: `tokens` trained, calibration `loss` and `layers` left (None for all), each before its cut.
+
+    `used` has for each layer with experts the share of the tokens that went to each of them.
+    """
 
     stage: int
     iteration: int
@@ -63,6 +66,7 @@ class Cut:
     layers: list[int] | None
     distances: list[float | None] | None
     scores: dict[str, Split]
+    used: dict[int, list[float]]
 
 
 class Trained(NamedTuple):
@@ -264,6 +268,7 @@ def _cuts(record: Record) -> list[Cut]:
                     stage=event.stage or 1, iteration=event.iteration or len(cuts) + 1, params=event.params,
                     target=event.target or event.params, tokens=tokens, loss=event.loss,
                     layers=left, distances=event.distances, scores=event.scores or {},
+                    used={int(name.split(".")[1]): shares for name, shares in (event.used or {}).items()},
                 )
             )  # fmt: skip
             left = event.layers_left if event.layers_left is not None else left
@@ -339,6 +344,13 @@ def _counts(record: Record, cuts: Sequence[Cut], starts: Sequence[Start]) -> Ite
         if left is None and whole and now and not narrows:
             left = decoder - (whole - now)
         yield Row("in decoder layers", decoder, left, "params")
+    if figures.get("active_params_before"):
+        yield Row(
+            "active in a token",
+            number_of(figures["active_params_before"]),
+            number_of(figures.get("active_params_after")),
+            "params",
+        )
     if figures.get("nonzero_before"):
         yield Row("not zero", number_of(figures["nonzero_before"]), number_of(figures.get("nonzero_after")), "params")
     begun = number_of((record.state.get("start") or {}).get("weight_bytes"))

@@ -203,7 +203,7 @@ def _heatmap(chart: HeatMap) -> Drawing:
     ]  # fmt: skip
     every = -(-len(chart.rows) // 8)
     plot = Plot(
-        f"{chart.title}: a heat map of {len(chart.rows)} cuts by {len(chart.columns)} layers; {chart.about}", rects,
+        f"{chart.title}: a heat map of {len(chart.rows)} {chart.row_is}s by {len(chart.columns)} layers; {chart.about}", rects,
         ys=[((row + 0.5) / len(chart.rows), name) for row, name in enumerate(chart.rows) if row % every == 0],
         xs=_layer_ticks(chart.columns), x_label="layer", look="heatmap",
     )  # fmt: skip

@@ -8,8 +8,11 @@ from typing import Any
 
 from adapt_pruner.checkpoint.load import has_weights, pick_device
 from adapt_pruner.core.events import Listener, Progress
+from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import num_active, num_left
 from adapt_pruner.errors import UsageError
-from adapt_pruner.recipe import Recipe
+from adapt_pruner.recipe import Recipe, parts
+from adapt_pruner.reduce.units import mask_to, prunable, sizes_alike
 from adapt_pruner.run.estimate import PAPER, Setup, Speed, process_bytes, shapes
 from adapt_pruner.run.plan import free_bytes, memory, phases, seconds, setup_of, too_large
 from adapt_pruner.run.probe import scoring_speed
@@ -64,6 +67,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
         "seed": recipe.seed,
         "params_before": budget.total,
         "params_after": budget.keep,
+        **_active(work),
         "stages": [asdict(stage) | {"seconds": span} for stage, span in zip(work.stages, spans[1:], strict=True)],
         "seconds": sum(spans),
         "minutes": recipe.minutes,
@@ -77,3 +81,14 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
         "peak_bytes": max(peaks.values()),
         "too_large": too_large(work, how, free=free) or None,
     }
+
+
+def _active(work: Work) -> dict[str, int | None]:
+    """Parameters that one token goes through, before and after; None for a model without experts, where these are all."""
+    if not any(axis.per_token for axis in work.axes):
+        return {"active_params_before": None, "active_params_after": None}
+    before, mask = num_active(work.model, work.axes), Mask()
+    if "experts" in work.recipe.axes and "chosen" in parts.needs("reduce", work.recipe.reduce):
+        mask = mask_to(prunable(work), sizes_alike(work, keep=work.budget.keep))
+    further = max(0, num_left(work.model, work.axes, mask) - work.budget.keep)  # what goes of other units, which all are active
+    return {"active_params_before": before, "active_params_after": num_active(work.model, work.axes, mask) - further}

@@ -20,6 +20,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.events import Evaluation, Progress, Tasks
 from adapt_pruner.core.events.run import Answered, Chatted, PromptAnswer
 from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.model.precision import nonfinite_error
 from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.core.system import world
@@ -54,6 +55,7 @@ def measure_start(work: Work) -> None:
     """Measure the model before its first cut."""
     state = work.state
     state.figures |= {"params_before": work.budget.total, "decoder_params_before": decoder_parameters(work.model)}
+    state.figures |= _active(work, "before")
     if work.recipe.makes_zeros or work.weight_mask is not None:
         state.figures["nonzero_before"] = count_nonzero(work.model)
     _measure_calibration(work)
@@ -73,6 +75,7 @@ def measure_end(work: Work) -> None:
     state.figures |= {
         "params_after": work.num_params,
         "decoder_params_after": decoder_parameters(work.model),
+        **_active(work, "after"),
         "budget": work.budget.keep,
         "iterations": len(state.history),
         "trained_tokens": state.progress.tokens,
@@ -86,6 +89,12 @@ def measure_end(work: Work) -> None:
     if work.weight_mask is not None:
         pattern = work.weight_mask.pattern
         state.figures |= {"nonzero_after": count_nonzero(work.model), "sparsity_after": None if pattern is None else str(pattern)}
+
+
+def _active(work: Work, when: str) -> dict[str, int]:
+    """Parameters that one token goes through now; nothing for a model without experts, where these are all."""
+    has_experts = any(axis.per_token for axis in work.axes)
+    return {f"active_params_{when}": num_active(work.model, work.axes)} if has_experts else {}
 
 
 def _measure_calibration(work: Work) -> None:

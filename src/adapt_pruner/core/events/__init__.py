@@ -345,6 +345,7 @@ class Cut(Event):
         scores: kind of axis -> counts of entries by score relative to the cut line.
         read: calibration tokens so far.
         zeros: masked weights; None if there are none.
+        used: name of an axis of experts -> the share of the calibration tokens that went to each expert before the cut.
     """
 
     event: Literal["cut"] = "cut"
@@ -360,6 +361,7 @@ class Cut(Event):
     scores: dict[str, Split] | None = None
     read: Count | None = None
     zeros: Count | None = None
+    used: dict[str, list[float]] | None = None
 
     def line(self, begun: str = "dense") -> str:
         if self.target is None:

@@ -30,7 +30,7 @@ Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a group of an axis only."""
 
 
-GateKind = Literal["inputs", "channels", "logits", "whole"]
+GateKind = Literal["inputs", "channels", "logits", "routed", "whole"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Gate:
         inputs      each entry owns `width` consecutive input features of the linear layer `module`; shutting sets them to zero
         channels    each entry is a channel that `module` and `also` read, norms or linear layers; shutting sets it to zero there
         logits      each entry is a logit of the model, computed by `module`; shutting sets it to -inf: a token never said
+        routed      each entry is an expert, which the router `module` may choose for a token; shutting sets its logit and its term in
+                    each tensor of `also` to -inf: an expert that no token goes to
         whole       each unit is a module of the list `module`; shutting makes it return its input. If the axis has `modules`, its
                     one unit is a block and `module` is the last of these; shutting adds zeros to the stream
 
@@ -62,7 +64,8 @@ class Gate:
         module: the dotted name; for channels, that of the last norm, before the head.
         width: features of an entry, for inputs.
         kind: see above. Metrics never get an axis of kind `logits`.
-        also: for channels, the norms inside the layers, and the linear layers that read the stream without one.
+        also: for channels, the norms inside the layers, and the linear layers that read the stream without one; for routed, the
+            parameters and buffers that the router adds to its scores when it chooses.
         dim: for inputs, the dimension of the layer's weight that holds them: 1 for `nn.Linear`, 0 for GPT-2's `Conv1D`.
     """
 
@@ -100,6 +103,7 @@ class Axis:
         fields: config fields that state the number of entries, each with the factor by which it counts an entry.
         attributes: dotted names of module attributes that state the number of units.
         counts: dotted names of module attributes that state the number of entries, each with the factor by which it counts an entry.
+        buffers: the parts of buffers that shrink with the axis; they are no parameters and cost nothing.
         readers: modules that read `fields` from their `config` as they run; each gets a config that states its own layer's
             values.
         pins: config fields to write out, because stock code would otherwise derive them from a field that changes.
@@ -113,6 +117,8 @@ class Axis:
         enclosing: names of the axes whose units contain the entries, the same number in each unit, from the inside out. Query
             heads name KV heads and attention.
         may_be_empty: whether all units may go, as the one unit of a block may.
+        fewest: units that must stay in any case, if not all may go.
+        per_token: entries that a token goes through, if it does not go through all: the experts that a router chooses for it.
         modules: for a block, the modules removed with it, in the order in which the stream passes them: the norm that reads the
             stream, the attention or MLP, and a norm after it if there is one. The output of the last is added to the stream.
         pattern: the kind of each unit, if the units that stay must be of the same kinds as the first units, in the same order;
@@ -129,6 +135,7 @@ class Axis:
     fields: tuple[tuple[str, int], ...] = ()
     attributes: tuple[str, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()
+    buffers: tuple[Slice, ...] = ()
     readers: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
     lists: tuple[str, ...] = ()
@@ -140,6 +147,8 @@ class Axis:
     modules: tuple[str, ...] = ()
     enclosing: tuple[str, ...] = ()
     may_be_empty: bool = False
+    fewest: int = 1
+    per_token: int = 0
     pattern: tuple[str, ...] = ()
     stays: tuple[int, ...] = ()
     firsts: tuple[str, ...] = ()
@@ -156,8 +165,8 @@ class Axis:
 
     @property
     def least(self) -> int:
-        """Units that must stay: 1, or 0 where the axis may be empty."""
-        return 0 if self.may_be_empty else 1
+        """Units that must stay: 0 where the axis may be empty, mostly 1; of experts, those that a token needs."""
+        return 0 if self.may_be_empty else self.fewest
 
     @property
     def layer(self) -> int | None:
@@ -402,6 +411,10 @@ def _check_something_stays(axis: Axis, keep: Tensor) -> None:
         raise ValueError(f"mask of {axis.name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
     if gone := [unit for unit in axis.stays if not keep[unit]]:
         raise ValueError(f"mask of {axis.name!r} removes unit {gone[0]}, without which the model does not run")
+    if axis.fewest > 1 and (left := int(keep.view(axis.groups, -1).sum(dim=1).min())) < axis.fewest:
+        raise ValueError(
+            f"mask of {axis.name!r} keeps {left} of {axis.size} units; at least {axis.fewest} must stay, since a token needs them"
+        )
 
 
 def _without_block(kept: Mapping[str, Tensor]) -> set[int | None]:

@@ -41,7 +41,7 @@ def parse_count(text: str | int) -> int:
 
 
 def check_written(budget: Any) -> str:
-    """The budget as written (`110M`, `110_000_000`, `80%` or `80% of decoder`), once it is known to be a valid one.
+    """The budget as written (`110M`, `110_000_000`, `80%`, `80% of decoder` or `75% of experts`), once it is known to be a valid one.
 
     Raises:
         UsageError: it is neither a count nor a share.
@@ -53,7 +53,7 @@ def check_written(budget: Any) -> str:
         remedy = f"write {left:g}%" if left > 0 else "write it like 70%"
         raise UsageError(f"budget {written!r} says what goes, and a budget is what stays; {remedy}")
     if percent:
-        is_share = of.strip() in ("", "of decoder") and re.fullmatch(r"\d*\.?\d+", number.strip())
+        is_share = of.strip() in ("", "of decoder", "of experts") and re.fullmatch(r"\d*\.?\d+", number.strip())
         if not (is_share and 0 < float(number) <= 100):
             raise UsageError(
                 f"budget {written!r} is not a share of the dense model; write it like 80% or '80% of decoder', above 0% and up to 100%"
@@ -95,17 +95,18 @@ class Budget:
         return self.total - self.keep
 
     @classmethod
-    def parse(cls, text: str | int, *, dense: int, decoder: int, outside: int) -> Budget:
-        """Read `110M`, `110_000_000`, `80%` (of `dense`) or `80% of decoder`, which keeps everything outside the decoder whole.
+    def parse(cls, text: str | int, *, dense: int, decoder: int, outside: int, experts: int = 0) -> Budget:
+        """Read `110M`, `110_000_000`, `80%` (of `dense`), `80% of decoder` or `75% of experts`, which keep all other parameters.
 
         Args:
             text: the budget.
             dense: parameters of the dense model.
             decoder: parameters in the decoder layers of the dense model.
             outside: parameters outside (embedding, head, final norm) that stay.
+            experts: those of `decoder` that belong to experts which a router chooses.
 
         Raises:
-            UsageError: not a count or a share, or above the model's own size.
+            UsageError: not a count or a share, above the model's own size, or a share of experts that the model does not have.
         """
         written = check_written(text)
         number, percent, of = written.partition("%")
@@ -113,7 +114,13 @@ class Budget:
             keep = parse_count(written)
         else:
             share = float(number) / 100
-            keep = outside + int(decoder * share) if of.strip() else int(dense * share)
+            parts = {"": dense, "of decoder": decoder, "of experts": experts}
+            part, whole = parts[of.strip()], outside + decoder if of.strip() else dense
+            if not part:
+                raise UsageError(
+                    f"budget {written!r} is a share of experts, and this model has none that may be removed; write it like 80%"
+                )
+            keep = whole - part + int(part * share)
         if keep > dense:
             raise UsageError(f"budget {keep:,} is above the {dense:,} parameters the model has; lower it")
         return cls(keep=keep, total=dense)

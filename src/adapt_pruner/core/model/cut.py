@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core.model.axes import Axis, Mask
-from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.budget import count_parameters, unit_cost
+from adapt_pruner.core.model.hooks import Removable, attached
 from adapt_pruner.core.model.modeling_pruned import _Nothing, _OwnConfig
+from adapt_pruner.core.model.routed import routed
 
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """Fields of a generation config that name tokens which a cut may remove all the same."""
@@ -69,7 +69,8 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
         ValueError: the numbers differ.
     """
     gate = axis.gate
-    for name in () if gate.is_whole else (gate.module, *gate.also):
+    also = gate.also if gate.kind == "channels" else ()
+    for name in () if gate.is_whole else (gate.module, *also):
         weight: Any = getattr(model.get_submodule(name), "weight", None)
         if weight is None:
             continue
@@ -90,6 +91,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
         channels    x, a channel as the norms read it, to g · x; so the mean of a norm runs over what is left
         whole       a block's output y to g · y before it is added to the stream; a layer's output f(x) to x + g · (f(x) - x)
         logits      z to z + log g; to -inf where g is 0 or less, with no gradient to g
+        routed      a router's logit z likewise, and what is added to a score to choose
 
     Args:
         model: left as found.
@@ -115,11 +117,13 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
         yield
 
 
-def _gate(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[RemovableHandle]:
+def _gate(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[Removable]:
     """The hooks that multiply the entries of an axis by `gate`, [entries]; each is attached as it is yielded."""
     _check_gate(model, axis)
     if axis.gate.kind == "logits":  # on the model's output, so after a cap on logits, if there is one
         yield model.register_forward_hook(partial(_add_log, gate))
+    elif axis.gate.kind == "routed":
+        yield from routed(model, axis.gate, _log(gate))
     elif axis.modules:
         yield model.get_submodule(axis.gate.module).register_forward_hook(partial(_multiply_output, gate[0]))
     elif axis.gate.is_whole:
@@ -147,10 +151,13 @@ def _multiply_change(gate: Tensor, module: nn.Module, args: tuple[Any, ...], kwa
 
 
 def _add_log(gate: Tensor, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    opened = gate > 0
-    log = torch.where(opened, gate, 1.0).log().masked_fill(~opened, -torch.inf)  # log 0 would put 0 · inf into the gradient
-    output.logits = output.logits + log.to(output.logits)
+    output.logits = output.logits + _log(gate).to(output.logits)
     return output
+
+
+def _log(gate: Tensor) -> Tensor:
+    opened = gate > 0
+    return torch.where(opened, gate, 1.0).log().masked_fill(~opened, -torch.inf)  # log 0 would put 0 · inf into the gradient
 
 
 def first(output: Any) -> Tensor:
@@ -221,6 +228,10 @@ def cut(
         for name, number in stated.items():
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, number)
+        for piece in axis.buffers:
+            owner, _, leaf = piece.parameter.rpartition(".")
+            stays = mask.of(axis).nonzero().flatten()
+            setattr(model.get_submodule(owner), leaf, _at(model.get_buffer(piece.parameter), {piece.dim: stays}))
         if sizes[axis.name] < axis.size:
             for name, power in axis.scaled:
                 offset = 1.0 if name in axis.one_more else 0.0
@@ -255,6 +266,18 @@ def num_left(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> int:
         shape = [index[dim].numel() if dim in index else length for dim, length in enumerate(parameter.shape)]
         left += math.prod(shape) - parameter.numel()
     return left
+
+
+def num_active(model: nn.Module, axes: Sequence[Axis], mask: Mask = Mask()) -> int:  # noqa: B008 (a Mask is immutable)
+    """The number of parameters that one token will go through after `cut` by a mask: not those of experts that it is not sent to."""
+    stayed, idle = mask.layers_left, 0
+    for axis in axes:
+        if axis.per_token and (stayed is None or axis.layer in stayed):
+            of_expert = unit_cost(
+                model, [piece for piece in axis.slices if not piece.parameter.startswith(f"{axis.gate.module}.")]
+            )
+            idle += max(0, int(mask.of(axis).sum()) - axis.per_token) * of_expert
+    return num_left(model, axes, mask) - idle
 
 
 def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Parameter]:

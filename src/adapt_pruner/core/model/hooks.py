@@ -2,14 +2,20 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+
+
+class Removable(Protocol):
+    """What can be taken off a module again, such as a hook."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 @contextmanager
-def attached(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+def attached(hooks: Iterable[Removable]) -> Iterator[None]:
     """Within this context `hooks` are attached. They are removed whatever happens, also if a later one cannot be attached.
 
     Args:

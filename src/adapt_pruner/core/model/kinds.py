@@ -2,10 +2,15 @@
 
 from typing import Literal
 
-Prunable = Literal["neurons", "kv_heads", "query_heads", "residual", "layers", "attentions", "mlps"]  # in `axes` of a recipe
+Prunable = Literal[
+    "neurons", "kv_heads", "query_heads", "experts", "residual", "layers", "attentions", "mlps"
+]  # in `axes` of a recipe
 USUAL: tuple[Prunable, ...] = ("neurons", "kv_heads")  # what a recipe removes if it does not say
 HEADS = ("kv_heads", "query_heads")
-BLOCKS = {"attentions": HEADS, "mlps": ("neurons",)}  # whose one unit is a block of a layer -> the kinds that go with it
+BLOCKS = {
+    "attentions": HEADS,
+    "mlps": ("neurons", "experts"),
+}  # whose one unit is a block of a layer -> the kinds that go with it
 WHOLE = ("layers", *BLOCKS)  # a distance scores them, and a `depth.…` chooser says how many go
 OF_THE_MODEL = ("layers", "residual", "vocabulary")  # a model has each once; a cut of them leaves all layers alike
 

@@ -62,7 +62,7 @@ class Stream:
 
 @torch.no_grad()
 def streams(
-    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str = "auto"
+    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str
 ) -> list[Stream]:
     """Each batch as it enters the first decoder layer; no layer is run for this.
 
@@ -82,7 +82,7 @@ def streams(
 
 
 @torch.no_grad()
-def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str = "auto") -> Tensor:
+def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str) -> Tensor:
     """The summed loss of a batch whose hidden states after the last decoder layer are `leaving`; no layer is run.
 
     Args:

@@ -9,7 +9,7 @@ CHOICE = frozenset({
 """Keys of a recipe that a reduction with the need `chosen` reads, unless it says which of them."""
 
 NEEDS = frozenset({
-    "distance", "layers", "whole", "biases", "teacher", "text", "inputs", "chosen", "sparsity", "gram", "dense", "training",
+    "distance", "layers", "whole", "biases", "teacher", "text", "inputs", "experts", "chosen", "sparsity", "gram", "dense", "training",
     "one stage", "all its time", "structures",
 })  # fmt: skip
 """What a part may need; `part` says what each means."""
@@ -38,6 +38,7 @@ def part(
             teacher    a second model, handed in as `teacher` (objectives)
             text       calibration text (metrics, reductions)
             inputs     every axis that may shrink lies at the input of a linear layer (metrics)
+            experts    every axis that may shrink is one of experts (metrics)
             chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without this need uses none of them
             sparsity   the recipe's sparsity instead of a budget (reductions)
             gram       sums of products of a layer's inputs (solvers)

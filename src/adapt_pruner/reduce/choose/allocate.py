@@ -209,7 +209,7 @@ def advance(
         for axis in axes:
             start = debt.start[axis.name]
             owed = start - math.floor(start * shares[axis.name] + 1e-9)
-            sizes[axis.name] = min(axis.size, max(1, owed))
+            sizes[axis.name] = min(axis.size, max(axis.least, owed))
         return sizes
 
     def removed(times: float) -> int:
@@ -268,8 +268,8 @@ def _settle(
         axis = max(payable, key=owed)
         sizes[axis.name] -= 1
         gone += axis.cost
-    room = sum((axis.size - 1) * cheapest for axis in cheap)
-    while excess - gone > room and (left := [axis for axis in dear if sizes[axis.name] > 1]):
+    room = sum((axis.size - axis.least) * cheapest for axis in cheap)
+    while excess - gone > room and (left := [axis for axis in dear if sizes[axis.name] > axis.least]):
         axis = max(left, key=owed)
         sizes[axis.name] -= 1
         gone += axis.cost
@@ -278,7 +278,7 @@ def _settle(
     due = min(room // cheapest, max(0, math.ceil((excess - gone) / cheapest)))
     while (difference := due - sum(taken.values())) != 0:
         if difference > 0:
-            movable = [axis for axis in cheap if taken[axis.name] < axis.size - 1]
+            movable = [axis for axis in cheap if taken[axis.name] < axis.size - axis.least]
         else:
             movable = [axis for axis in cheap if taken[axis.name] > 0]
         for axis in movable[: abs(difference)]:

@@ -68,7 +68,7 @@ def per_parameter(
         if not 0 <= share <= 1:
             raise UsageError(f"option {option}={share} of rank.per_parameter is not a share; write it between 0 and 1")
     factors = _levelling(scores, axes, level) if level > 0 else dict.fromkeys(scores, 1.0)
-    least = {axis.name: min(axis.size, max(1, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
+    least = {axis.name: min(axis.size, max(axis.least, math.ceil(debt.start[axis.name] * floor - 1e-9))) for axis in axes}
     worth = {
         axis.name: _lowest_first(axis, scores[axis.name])[: axis.size - least[axis.name]]
         * (axis.groups / axis.cost * factors[axis.name])
@@ -132,7 +132,7 @@ def per_structure(
     middle = range(int(depth * first + 1e-9), depth - last)
     worth = {}
     for axis in axes:
-        may_go = axis.size - 1 if axis.layer in middle else 0
+        may_go = axis.size - axis.least if axis.layer in middle else 0
         ranked = _lowest_first(axis, scores[axis.name])[:may_go]
         worth[axis.name] = ranked / _structure_size(axis, debt.start[axis.name])
     return _sizes(axes, worth, budget, debt=debt, step=step, structures=True), debt
@@ -200,10 +200,10 @@ def standardised(
         worth = {name: _standardised(values) for name, values in worth.items()}
     elif by == "kind":
         worth = _standardised_by_kind(axes, worth)
-    worth = {name: values[:-1] for name, values in worth.items()}
+    worth = {axis.name: worth[axis.name][: axis.size - axis.least] for axis in axes}
     if structure.startswith("UL"):
         starts = {axis.name: debt.start[axis.name] for axis in axes}  # by the share that is gone, all axes lose the same share
-        gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name]) for axis in axes}
+        gone = {axis.name: torch.arange(starts[axis.name] - axis.size + 1, starts[axis.name] - axis.least + 1) for axis in axes}
         worth = {name: numbers.double() / starts[name] for name, numbers in gone.items()}
     if heads is not None:
         attention = [axis for axis in axes if axis.kind in HEADS]

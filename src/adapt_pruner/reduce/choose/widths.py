@@ -71,6 +71,16 @@ def fitting(
     return kept
 
 
+def alike_experts(sizes: Mapping[str, int], axes: Sequence[Axis], *, scores: Scores) -> dict[str, int]:
+    """The same sizes, but as many experts in every layer, since engines read one number: the most that removes as many parameters."""
+    experts = [axis for axis in _staying(sizes, axes, scores) if axis.kind == "experts"]
+    if not experts:
+        return dict(sizes)
+    left = sum(sizes[axis.name] * axis.cost for axis in experts) // sum(axis.cost for axis in experts)
+    number = max(min(left, *(axis.size for axis in experts)), *(axis.least for axis in experts))
+    return {**sizes, **{axis.name: number for axis in experts}}
+
+
 def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
     """The same sizes; but if the widths of all layers differ by just one neuron, and heads by none, all get the lower width.
 
