@@ -51,7 +51,8 @@ _SIZES = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "first_k_dense_replace": 1, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_expand": 2, "conv_L_cache": 3, "max_window_layers": 2,
-    "ffn_hidden_size": 96, "ffn_dim": 40, "word_embed_proj_dim": 48, "rotary_dim": 8, "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "ffn_hidden_size": 96, "ffn_dim": 40, "word_embed_proj_dim": 48, "rotary_dim": 8,
+    "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
 }  # fmt: skip
 """Fields of configs -> what they are in the tiny model; each only if the config has it and it is not 0."""
 _VERDICTS: dict[str, "Verdict"] = {}  # of this process, by fingerprint
@@ -107,7 +108,7 @@ def shrunk(config: Any) -> Any:
     if raw.get("kv_lora_rank") and raw.get("num_key_value_heads"):
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]  # all heads share one vector, so that none has fewer keys
     for key, value in raw.items():
-        if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and "layer" in key:
+        if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and convention.is_per_layer(key):
             tiny[key] = value[:depth]
         if key.endswith("_token_id") and value is not None:
             tiny[key] = {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
@@ -117,7 +118,9 @@ def shrunk(config: Any) -> Any:
 def _depth(raw: dict[str, Any]) -> int:
     """The fewest layers, at least three, that have every kind of layer of a config."""
     total = raw.get("num_hidden_layers") or _LEAST_LAYERS
-    lists = [value for key, value in raw.items() if isinstance(value, list) and len(value) == total and "layer" in key]
+    lists = [
+        value for key, value in raw.items() if isinstance(value, list) and len(value) == total and convention.is_per_layer(key)
+    ]
     kinds = list(zip(*lists, strict=True)) if lists else [()] * total
     least = next(depth for depth in range(1, total + 1) if {str(kind) for kind in kinds[:depth]} == {str(kind) for kind in kinds})
     least += 2 if raw.get("num_kv_shared_layers") else 0

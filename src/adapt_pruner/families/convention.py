@@ -280,9 +280,14 @@ def whole_layers(model: Any) -> Axis:
 
 
 def _lists(config: Any, depth: int) -> tuple[str, ...]:
-    """The fields of a config with one entry per layer; `layer_types` first."""
+    """The fields of a config with one entry per layer."""
     fields = [name for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth]
-    return ("layer_types", *(name for name in fields if "layer" in name and not name.startswith("_") and name != "layer_types"))
+    return tuple(name for name in fields if is_per_layer(name) and not name.startswith("_"))
+
+
+def is_per_layer(field: str) -> bool:
+    """Whether a list of as many entries as a model has layers is one with an entry for each, from its name in a config."""
+    return "layer" in field or "pattern" in field
 
 
 def vocabulary(model: Any) -> Axis:
