@@ -31,7 +31,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	@rm -rf $(DEMO)
-	$(BIN)/adapt-pruner shrink $(MODEL) --params 105M --minutes $(MINUTES) -o $(DEMO)
+	$(BIN)/adapt-pruner shrink $(MODEL) --params 120M --minutes $(MINUTES) -o $(DEMO)
 	@echo
 	@echo "== beside the dense model, on text that neither was trained on here"
 	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/model --text python-docs:heldout --max-windows 8 --chat 30 --dtype auto
