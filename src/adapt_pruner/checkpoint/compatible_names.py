@@ -43,6 +43,15 @@ def stock_type(config: Mapping[str, Any]) -> Any:
     return named.removeprefix(_PREFIX) if isinstance(named, str) else named
 
 
+def with_common_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the names that most models use, beside those of its own type (`n_layer` of GPT-2)."""
+    from transformers import CONFIG_MAPPING
+
+    kind = stock_type(config)
+    names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+    return {**{common: config[name] for common, name in names.items() if name in config}, **config}
+
+
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config.json with transformers 4's keys for the rope added, which transformers 5 reads as before, and with its own type."""
     rope = config.get("rope_parameters") or {}

@@ -51,7 +51,9 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
             if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
                 return stock
-            ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
+            ours = any(
+                raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "keeps_head_dim", "sliced_hidden_size")
+            )
             if (
                 ours and raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             ):  # its auto_map is for tools without this library

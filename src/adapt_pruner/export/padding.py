@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
+from adapt_pruner.core.model.kinds import LABELS, USUAL
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError, settings
 
@@ -37,11 +38,21 @@ class LayerSizes:
 
 
 def layer_sizes(model: Any) -> list[LayerSizes]:
-    """The sizes of each layer, read from the weights."""
+    """The sizes of each layer, read from the weights.
+
+    Raises:
+        UsageError: layers have no heads or no neurons whose number may change.
+    """
     by_layer: dict[int, dict[str, int]] = {}
     for axis in families.axes(model):
         if axis.layer is not None:
             by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    for kind in (*USUAL, "query_heads"):
+        if any(kind not in sizes for sizes in by_layer.values()):
+            raise UsageError(
+                f"this export sets the number of {LABELS[kind]} of each layer, which this model does not let change; use the checkpoint as "
+                "it is, or export it --to onnx"
+            )
     return [LayerSizes(sizes["kv_heads"], sizes["query_heads"], sizes["neurons"]) for _, sizes in sorted(by_layer.items())]
 
 
@@ -86,7 +97,7 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     """The model's state with each layer widened to `sizes`; a tensor that is wide enough is the model's own.
 
     Raises:
-        UsageError: several projections of the model share one matrix.
+        UsageError: several projections of the model share one matrix, or its MLPs have no gate.
         ValueError: a size is below the layer's own.
     """
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
@@ -95,6 +106,11 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
             "checkpoint as it is, or export it to onnx"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
+    if "model.layers.0.mlp.gate_proj.weight" not in state:
+        raise UsageError(
+            "this export widens the gate_proj of MLPs, which those of this model do not have; use the checkpoint as it is, or export it "
+            "--to onnx"
+        )
     head_dim = model.model.layers[0].self_attn.head_dim
     for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):
         if new.kv_heads < now.kv_heads or new.query_heads < now.query_heads or new.neurons < now.neurons:

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from adapt_pruner.checkpoint.compatible_names import with_common_names
 from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.core.events.run import chatted
@@ -151,7 +152,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     """
     from huggingface_hub import ModelCard
 
-    config, pruning = _tame(config), _tame(pruning)
+    config, pruning = with_common_names(_tame(config)), _tame(pruning)
     if not re.fullmatch(r"[\w.-]+", str(config.get("model_type"))):
         raise ValueError(f"model_type {config['model_type']!r}")
     recipe, figures = pruning["recipe"], pruning["figures"]
@@ -176,7 +177,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         licence=f"{base['license']} ({base['license_name']})" if base.get("license_name") else base.get("license"),
         begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)),
         **_tasks(figures.get("tasks") or [], recipe["evaluation"].get("limit")),
-        loading=list(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
+        loading=list(loading(config) if exported is None else form_of(exported[0]).loading(with_common_names(exported[1]))),
         chats=list(_chats(figures, begun, after)), calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
         command=command, dumped=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).rstrip(),
         citations=_entries(recipe["method"]),
