@@ -1,11 +1,11 @@
 """Fewer weights, fewer bits, or both: quality against bytes and against speed, of the files themselves in llama.cpp.
 
-    python benchmarks/frontier.py [--model smollm2] [--minutes 60] [--arms dense trained 80 60 40] [--windows 40] [--threads 1 2]
+    python benchmarks/frontier.py [--model smollm2] [--minutes 60] [--arms dense trained 80 60 40] [--windows 40] [--threads 1 2] [--data ../shared/data]
     python benchmarks/frontier.py --page            # docs/frontier.md and its pictures, of what is there; measures nothing
 
 Arms: `dense`; `trained`, the dense model trained by `shrink` for the same minutes, since its packaged weights were four-bit ones, which it is nearly
 free to quantise to four bits again; 80, 60, 40: `shrink` to that share of the decoder. Each is exported in several types. Call it from the project's
-folder, with ../shared/data beside it. Each file's figures go to benchmarks/frontier/, and what is there is not measured again.
+folder, with texts in the folder that --data names. Each file's figures go to benchmarks/frontier/, and what is there is not measured again.
 """
 
 import argparse
@@ -42,7 +42,8 @@ from adapt_pruner.report.charts import Beside, Lines, Series
 from adapt_pruner.report.paper import write_pictures
 
 Figures = dict[str, Any]
-TEXT = "../shared/data/corpus/w*/*.jsonl.gz"
+_DATA = "../shared/data"
+TEXT = f"{_DATA}/corpus/w*/*.jsonl.gz"
 WINDOW, ROWS = 512, 25  # tokens of a window, and prompts that are answered together
 CELLS, FILES = Path(__file__).with_name("frontier"), Path("runs/frontier")
 PAGE = Path(__file__).parents[1] / "docs" / "frontier.md"
@@ -76,10 +77,15 @@ class Bench:
     minutes: float
     windows: int
     rounds: int
+    data: Path
 
     @property
     def model(self) -> Model:
         return MODELS[self.name]
+
+    def text(self, spec: str) -> str:
+        """A text of these benchmarks, in the folder that has it here."""
+        return spec.replace(_DATA, str(self.data))
 
     def arm(self, arm: str) -> str:
         """An arm with its minutes."""
@@ -92,7 +98,17 @@ class Bench:
         folder = FILES / self.name / self.arm(arm)
         told = folder / "figures.json"
         if not told.exists():
-            words = ["--params", ARMS[arm], "--text", TEXT, "--minutes", f"{self.minutes:g}", *self.model.settings, "-o", folder]
+            words = [
+                "--params",
+                ARMS[arm],
+                "--text",
+                self.text(TEXT),
+                "--minutes",
+                f"{self.minutes:g}",
+                *self.model.settings,
+                "-o",
+                folder,
+            ]
             said = json.loads(command("shrink", self.model.packaged, *words, "--json"))  # goes on where it was stopped
             write_whole(told, to_json({"trained_tokens": said.get("trained_tokens", 0), "seconds": said["seconds"]}))
         return str(folder / "model"), dict(json.loads(told.read_text(encoding="utf-8")))
@@ -120,7 +136,12 @@ class Bench:
             keep(windows=self.windows, texts={})
         for text, spec in MEASURED.items():
             if text not in cell["texts"]:
-                keep(texts={**cell["texts"], text: bits_per_byte(self.model.packaged, self.file(arm, quant), spec, self.windows)})
+                keep(
+                    texts={
+                        **cell["texts"],
+                        text: bits_per_byte(self.model.packaged, self.file(arm, quant), self.text(spec), self.windows),
+                    }
+                )
         if "chat" not in cell:
             keep(chat=chat(self.model.packaged, self.file(arm, quant)))
         for number in threads:
@@ -353,9 +374,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40, help="of 512 tokens, of each text")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, 2], help="for which speed is measured; none: no speed")
     parser.add_argument("--rounds", type=int, default=5, help="of speed")
+    parser.add_argument("--data", type=Path, default=Path(_DATA), help="folder of the texts (default: %(default)s)")
     parser.add_argument("--page", action="store_true", help="write the page of what is there, and measure nothing")
     options = parser.parse_args()
-    bench = Bench(options.model, options.minutes, options.windows, options.rounds)
+    bench = Bench(options.model, options.minutes, options.windows, options.rounds, options.data)
     for arm in () if options.page else options.arms:
         for quant in DENSE_QUANTS if arm in ("dense", "trained") else PRUNED_QUANTS:
             if quant in options.quants:
