@@ -10,7 +10,7 @@ stopped at any moment: the same command goes on. Both models take about half an 
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -64,7 +64,7 @@ def main() -> None:
     ladder.prepare(RUNG)
     tokenizer = AutoTokenizer.from_pretrained(ladder.home(RUNG) / "tokenizer")
     shape = SHAPE | {"vocab_size": len(tokenizer)}
-    makers = {
+    makers: dict[str, Callable[[], Any]] = {
         "moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **EXPERTS)),
         "dense": lambda: Qwen3ForCausalLM(Qwen3Config(**shape)),
     }

@@ -1,6 +1,7 @@
 """Experts: the law for every type that has them, folders that stock transformers loads, scores by hand, and the command line."""
 
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
@@ -147,6 +148,10 @@ def test_prune_inspect_and_the_plan_say_what_is_stored_and_what_is_active(
     assert {len(layer.mlp.gate.weight) for layer in stock.model.layers} == {6}
     active = num_active(stock, of_experts(stock))
     assert f"{active:,}" in said
+    code, said, _ = call(monkeypatch, capsys, "inspect", out, "--text", text, "--json")
+    layers = json.loads(said)["layers"]
+    assert [layer["experts"] for layer in layers] == [6, 6, 6]
+    assert all(sum(layer["used"]) == pytest.approx(2, abs=1e-5) for layer in layers), "a token goes through two"
     code, said, _ = call(monkeypatch, capsys, "inspect", out)
     assert f"{active:,} parameters are active in a token" in said
     assert "experts" in said.splitlines()[0]

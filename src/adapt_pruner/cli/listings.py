@@ -11,8 +11,15 @@ from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError
 
 
-def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: Json = False) -> None:
-    """Show heads, KV heads, neurons and parameters of each layer of MODEL.
+def inspect(
+    model: Model,
+    text: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Text on which to count how often each expert is used.")
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Show heads, KV heads, neurons, experts and parameters of each layer of MODEL.
 
     Examples:
 
@@ -22,24 +29,29 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: J
     """
     from adapt_pruner.checkpoint.load import load
     from adapt_pruner.core.model.weight_mask import has_zeros
-    from adapt_pruner.evaluate.anatomy import anatomy
+    from adapt_pruner.evaluate.anatomy import anatomy, expert_use
 
     loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
     figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
+    if text is not None:
+        for layer, shares in expert_use(loaded.model, loaded.tokenizer, text).items():
+            figures["layers"][layer]["used"] = shares
     if as_json:
         print(to_json({"model": model, **figures}))
         return
     routed = ["experts"] if any(row["experts"] for row in figures["layers"]) else []
+    use = ["used"] if text is not None else []
     zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
             str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
+            *(_use(row) for _ in use),
             f"{row['params']:,}",
             *(f"{row['nonzero']:,}" for _ in zeros), _share(row),
         ]
         for row in figures["layers"]
     ]  # fmt: skip
-    print_table(["layer", "heads", "KV heads", "neurons", *routed, "parameters", *zeros, "of dense"], rows)
+    print_table(["layer", "heads", "KV heads", "neurons", *routed, *use, "parameters", *zeros, "of dense"], rows)
     whole = f", {_share(figures)} of the dense model" if figures["share_of_dense"] is not None else ""
     print(f"\n{model}: {figures['params']:,} parameters, {figures['decoder_params']:,} of them in the layers{whole}")
     if routed:
@@ -54,6 +66,11 @@ def inspect(model: Model, trust_remote_code: TrustRemoteCode = False, as_json: J
 
 def _experts(row: dict[str, Any]) -> str:
     return f"{row['experts']} of {row['expert_neurons']:,}" if row["experts"] else "0"
+
+
+def _use(row: dict[str, Any]) -> str:
+    """The share of the tokens that go to the least used and to the most used expert of a layer."""
+    return f"{min(row['used']):.1%}–{max(row['used']):.1%}" if "used" in row else ""
 
 
 def _share(row: dict[str, Any]) -> str:

@@ -12,6 +12,12 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.model.weight_mask import count_nonzero
+from adapt_pruner.data.windows import held_out_windows
+from adapt_pruner.errors import UsageError
+from adapt_pruner.score.calibrate import score
+from adapt_pruner.score.experts import usage, used
+
+_WINDOW, _WINDOWS = 256, 64  # tokens of a window, and the most windows on which use is counted
 
 
 def decoder_parameters(model: nn.Module) -> int:
@@ -27,6 +33,20 @@ def decoder_parameters(model: nn.Module) -> int:
 def expert_parameters(axes: Iterable[Axis], sizes: Mapping[str, int] = MappingProxyType({})) -> int:
     """Parameters of all experts that a router chooses, with their rows of it; `sizes` are those of the axes, if not those of now."""
     return sum(sizes.get(axis.name, axis.size) * axis.cost for axis in axes if axis.per_token)
+
+
+def expert_use(model: nn.Module, tokenizer: Any, text: str) -> dict[int, list[float]]:
+    """For each layer with experts, the share of the tokens of a text that its router sends to each of them.
+
+    Raises:
+        UsageError: the model has no experts, or the text does not exist or is too short.
+    """
+    routed = [axis for axis in families.declared(model) if axis.per_token]
+    if not routed:
+        raise UsageError("the model has no experts whose use could be counted; leave --text out")
+    windows = held_out_windows(tokenizer, source=text, window=_WINDOW, max_windows=_WINDOWS)
+    shares, _ = score(model, families.declared(model), windows, metrics=[usage])
+    return {axis.layer: shares[used(axis)].tolist() for axis in routed if axis.layer is not None}
 
 
 def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | None = None) -> dict[str, Any]:

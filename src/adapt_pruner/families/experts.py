@@ -23,9 +23,12 @@ _LEAST_OF_A_GROUP = 2  # routers with groups rank a group by its two best expert
 
 def experts(model: Any, index: int, layer: nn.Module) -> list[Axis]:
     """The axis of the experts of a layer; none if it has no experts, or other tensors than this file knows."""
-    name, block = next(((name, block) for name in MLPS if hasattr(block := getattr(layer, name, None), "experts")), ("", None))
+    name = next((name for name in MLPS if hasattr(getattr(layer, name, None), "experts")), "")
+    if not name:
+        return []
+    block: Any = getattr(layer, name)
     config, at = model.config, f"model.layers.{index}.{name}"
-    fused = [(f"{at}.experts.{leaf}", tensor) for leaf, tensor in block.experts.named_parameters()] if block is not None else []
+    fused = [(f"{at}.experts.{leaf}", tensor) for leaf, tensor in block.experts.named_parameters()]
     field = next((field for field in _FIELDS if field in vars(config)), "")
     chosen = next((int(getattr(config, field)) for field in _CHOSEN if getattr(config, field, None)), 0)
     number = {tensor.shape[0] for _, tensor in fused}
@@ -38,15 +41,16 @@ def experts(model: Any, index: int, layer: nn.Module) -> list[Axis]:
     ]
     if not routers:
         return []
-    parameters, buffers, added = [Slice(name, 0) for name, _ in fused], [], []
     router = f"{at}.{routers[0]}"
+    parameters, buffers, added = [Slice(tensor_name, 0) for tensor_name, _ in fused], list[Slice](), list[str]()
     for leaf, module in others:
         owner = f"{at}.{leaf}" if leaf else at
-        for kind, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
+        for slices, tensors in ((parameters, module._parameters), (buffers, module._buffers)):
             for tensor_name, tensor in tensors.items():
                 if tensor is not None and entries in tensor.shape:
-                    kind.append(Slice(f"{owner}.{tensor_name}", tensor.shape.index(entries)))
-                    added += [] if owner == router and kind is parameters else [kind[-1].parameter]
+                    slices.append(Slice(f"{owner}.{tensor_name}", tensor.shape.index(entries)))
+                    if slices is buffers or owner != router:  # weight and bias of the router itself make its logits
+                        added.append(slices[-1].parameter)
     groups = getattr(config, "n_group", None) or 1
     of_group = math.ceil(chosen / (getattr(config, "topk_group", None) or 1)) if groups > 1 else chosen
     counting = {"": model, at: block, f"{at}.experts": block.experts, router: block.get_submodule(routers[0])}

@@ -198,7 +198,7 @@ class Units(Reduction):
                 "distances": scores["layers"].tolist() if "layers" in scores else None,
                 "blocks": {axis.name: float(scores[axis.name]) for axis in may_shrink if axis.modules},
                 "scores": cut_line(may_shrink, scores, mask),
-                "used": {axis.name: scores[used(axis)].tolist() for axis in may_shrink if axis.per_token},
+                "used": {axis.name: scores[used(axis)].tolist() for axis in may_shrink if used(axis) in scores} or None,
             }
             yield Change(mask, loss, told)
 
@@ -377,7 +377,7 @@ def metrics_of(work: Work, *, seed: int) -> list[Metric]:
     )
     if recipe.distance is not None and _layer_measure(work) is None:
         metrics.append(parts.bind("distance", recipe.distance))
-    if "experts" in recipe.axes:
+    if "experts" in recipe.axes and "text" in parts.needs("metric", recipe.metric):
         metrics.append(usage)
     return metrics
 

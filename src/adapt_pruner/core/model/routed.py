@@ -5,6 +5,7 @@ logarithm of the gates. Some routers choose by scores with a bias and weigh by s
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,14 +20,14 @@ from adapt_pruner.core.model.hooks import Removable
 def routed(model: nn.Module, gate: Gate, log: Tensor) -> Iterator[Removable]:
     """The hooks that add `log`, [experts], to the logits of the router at a gate; each is attached as it is yielded."""
     router = model.get_submodule(gate.module)
-    running: list[_WithLog] = []
+    running: list[ExitStack] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        running.append(_WithLog(log))
-        running[-1].__enter__()
+        running.append(ExitStack())
+        running[-1].enter_context(_WithLog(log))
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        running.pop().__exit__(None, None, None)
+        running.pop().close()
 
     yield router.register_forward_pre_hook(enter)
     yield router.register_forward_hook(leave, always_call=True)
