@@ -50,8 +50,6 @@ _SUMS = "block_sums"  # of AST, which stand beside the linear layers of a block 
 _LAST_NORMS = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f", "norm_f")
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # what configs call the width of an MLP
 _FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # layers without experts
-_EPS = ("variance_epsilon", "eps")
-_EPS_OF_CONFIG = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 
 
 def axes(model: Any) -> tuple[Axis, ...]:
@@ -382,13 +380,13 @@ def _those_of(module: nn.Module, at: str, *names: str) -> tuple[str, ...]:
 def residual(model: Any) -> list[Axis]:
     """The width d of the stream: every norm over it, what reads it (by columns) or writes it (by rows), the embeddings.
 
-    A norm w · x / √(mean(x²) + ε) over d channels, of which d' are not zero, equals a norm over those d' channels with w √(d/d')
-    and ε d/d'. The config has one ε for all norms, so norms inside heads (Qwen3), whose width stays, get the new ε too. To make
-    up for it, their input is multiplied by √(d/d'), which cancels in the norm.
+    A norm is w · x / √(mean(x²) + ε), and its mean runs over all d channels. Let d' of them be not zero, and let the stream be
+    c · x with c = √(d'/d). Then the mean over those d' channels is what it was over d, so ε stays, and the norm needs w / c. So what
+    writes to the stream is multiplied by c, and what reads it is divided by c: norms, and blocks that have none before them (OLMo 2).
+    A norm that follows a block reads c times the block's output and writes c times its own, so its w stays.
 
-    Gemma multiplies an embedding by √d when it is read. With d' channels left the code multiplies by √d' instead, so the embedding
-    is scaled by √(d/d') to make up for it. If the head is tied to the embedding, it grows by the same factor. Then the last norm
-    stays as it is, instead of growing by √(d/d') like all others.
+    If the head is tied to the embedding, it is multiplied by c too, so the last norm is divided by c twice. Gemma multiplies an
+    embedding by √d when it is read. With d' channels left the code multiplies by √d' instead, so its embedding stays.
 
     Returns:
         The axis; nothing where a block of the model has parameters of which this file does not know how they meet the stream.
@@ -396,13 +394,12 @@ def residual(model: Any) -> list[Axis]:
     stack, (embedding, tokens), (head, logits) = stack_of(model), embedding_of(model), head_of(model)
     decoder = model.get_submodule(model.base_model_prefix)
     last = name_in(decoder, _LAST_NORMS)
-    eps_of_config = name_in(model.config, _EPS_OF_CONFIG)
     others = [child for name, child in decoder.named_children() if name != last and child is not tokens]
-    if not (last and eps_of_config) or any(is_there(child) for child in others if child is not model.get_submodule(stack)):
+    if not last or any(is_there(child) for child in others if child is not model.get_submodule(stack)):
         return []
     last = f"{model.base_model_prefix}.{last}"
     of_layers: list[str] = []
-    norms, unnormed, rows, columns, inner = [last], [], [], [Slice(f"{embedding}.weight", 1)], []
+    norms, after_blocks, unnormed, rows, columns = [last], [], [], [], [Slice(f"{embedding}.weight", 1)]
     tied = logits.weight is tokens.weight
     if not tied:
         columns.append(Slice(f"{head}.weight", 1))
@@ -410,7 +407,8 @@ def residual(model: Any) -> list[Axis]:
         at = f"{stack}.{index}"
         before, after, before_mlp, after_mlp = norms_of(layer)
         names, blocks_of = (*before, *after, *before_mlp, *after_mlp), (*ATTENTIONS, _LINEAR_ATTENTION, *MLPS)
-        norms += [f"{at}.{norm}" for norm in names if is_there(getattr(layer, norm))]
+        norms += [f"{at}.{norm}" for norm in (*before, *before_mlp) if is_there(getattr(layer, norm))]
+        after_blocks += [f"{at}.{norm}" for norm in (*after, *after_mlp) if is_there(getattr(layer, norm))]
         of_layers += _those_of(layer, at, "hidden_size")
         if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *blocks_of)):
             return []
@@ -420,53 +418,44 @@ def residual(model: Any) -> list[Axis]:
                 continue
             if not _output(block):
                 return []
-            if any(ends_of(block.get_submodule(linear))[0] != tokens.weight.shape[1] for linear in _inputs(block)):
+            inputs = [
+                linear for linear in _inputs(block) if not linear.endswith("_b_proj")
+            ]  # those read what `_a_proj` of MLA gives
+            if any(ends_of(block.get_submodule(linear))[0] != tokens.weight.shape[1] for linear in inputs):
                 return []
-            reading = [_columns(block, f"{at}.{name}", linear) for linear in _inputs(block)]
+            reading = [_columns(block, f"{at}.{name}", linear) for linear in inputs]
             columns += reading
             if after and not (before_mlp if name in MLPS else before):  # a block that reads the stream without a norm (OLMo 2)
                 unnormed += [piece.parameter.removesuffix(".weight") for piece in reading]
             rows += _rows(block, f"{at}.{name}", _output(block))
             of_layers += _those_of(block, f"{at}.{name}", "hidden_size") if name in MLPS else ()
-            if hasattr(block, "q_norm"):
-                inner += [(f"{at}.{name}.{side}_norm.{_eps(block.get_submodule(f'{side}_norm'))}", 1.0) for side in "qk"]
-                inner += [(f"{at}.{name}.{piece}", 0.5) for piece in _linear(block, "q_proj", "k_proj")]
-    modules = [model.get_submodule(norm) for norm in norms]
-    if not all(is_there(norm) and _eps(norm) and not isinstance(norm, nn.LayerNorm) for norm in modules):
+    modules = [model.get_submodule(norm) for norm in (*norms, *after_blocks)]
+    if not all(is_there(norm) and not isinstance(norm, nn.LayerNorm) for norm in modules):
         return []
-    slices = (*(Slice(f"{norm}.weight", 0) for norm in norms), *rows, *columns)
-    grown = [f"{norm}.weight" for norm in norms]
-    read: list[tuple[str, float]] = []
-    if hasattr(tokens, "embed_scale"):
-        read = [
-            (f"{embedding}.weight", 0.5),
-            *((f"{embedding}.{name}", -0.5) for name in ("scalar_embed_scale", "embed_scale")),
-        ]
-        grown = grown[1:] if tied else grown
+    slices = (*(Slice(f"{norm}.weight", 0) for norm in (*norms, *after_blocks)), *rows, *columns)
+    scaled = hasattr(tokens, "embed_scale")
+    writing = [f"{embedding}.{name}" for name in (("scalar_embed_scale", "embed_scale") if scaled else ("weight",))]
+    writing += [piece.parameter for piece in rows]
+    reading_norms = {f"{norm}.weight": 0.5 for norm in norms}
+    if tied and not scaled:
+        reading_norms[f"{last}.weight"] = 1.0
     axis = Axis(
         name="residual",
         size=model.get_submodule(last).weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate(last, kind="channels", also=(*norms[1:], *unnormed)),
+        gate=Gate(last, kind="channels", also=(*norms[1:], *after_blocks, *unnormed)),
         slices=slices,
         fields=(("hidden_size", 1),),
         attributes=(f"{embedding}.embedding_dim", *of_layers),
         scaled=(
-            *read,
-            *((name, 0.5) for name in grown),
-            *((f"{norm}.{_eps(model.get_submodule(norm))}", 1.0) for norm in norms),
-            *inner,
-            (f"config.{eps_of_config}", 1.0),
+            *reading_norms.items(),
+            *((f"{name}.weight", 0.5) for name in unnormed),
+            *((name, -0.5) for name in writing),
         ),
     )
     if _adds_one(type(model.get_submodule(last))):
-        axis = replace(axis, one_more=tuple(f"{norm}.weight" for norm in norms))
+        axis = replace(axis, one_more=tuple(reading_norms))
     return [axis]
-
-
-def _eps(norm: nn.Module) -> str:
-    """The name of a norm's ε; empty if it has none."""
-    return next((name for name in _EPS if hasattr(norm, name)), "")
 
 
 def _adds_one(norm: Any) -> bool:
