@@ -33,7 +33,7 @@ ADMITTED = {
     "gpt2": {*OF_HEADS, "vocabulary", "layers"},  # weights the other way round; its constructor derives the size of heads
     "gpt_neox": {*OF_HEADS, "vocabulary", "layers"},  # queries, keys and values head by head; parallel blocks
     "deepseek_v3": {*OF_HEADS, "experts", "vocabulary", "layers"},  # keys and values from a vector that all heads share
-    "minicpm3": {*OF_HEADS, "residual", "vocabulary"},  # blocks are scaled by the number of layers
+    "minicpm3": {*OF_HEADS, "vocabulary"},  # blocks are scaled by the number of layers, logits by the width of the stream
     "gpt_oss": {*INSIDE, "experts", "vocabulary", "layers"} - {"neurons", "mlps"},  # sinks; experts that give two outputs
     "qwen3_5_text": {*INSIDE, *WHOLE},  # linear attention stays; queries come with gates
     "helium": {*INSIDE, *WHOLE},  # its constructor derives the size of heads

@@ -85,9 +85,8 @@ def test_a_layer_without_attention_or_mlp_writes_the_same_with_and_without_a_cac
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gpt_neox"])
-def test_from_the_command_line(name: str, text_file: Path, tmp_path: Path) -> None:
-    """Pruned in heads and neurons, inspected and measured; the card tells its sizes."""
+def test_from_the_command_line(text_file: Path, tmp_path: Path) -> None:
+    """GPT-2 pruned in heads and neurons, inspected and measured; the card tells its sizes, though config.json calls them otherwise."""
     from adapt_pruner.cli import app
 
     def command(*words: object) -> str:
@@ -96,7 +95,7 @@ def test_from_the_command_line(name: str, text_file: Path, tmp_path: Path) -> No
         return called.output
 
     folder, out = tmp_path / "dense", tmp_path / "out"
-    small(name).save_pretrained(folder)
+    small("gpt2").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     options = ("--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--set", "step=0.2")
     command("prune", folder, "-o", out, "--params", "60%", *options)
