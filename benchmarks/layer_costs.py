@@ -44,7 +44,7 @@ def main() -> None:
     dense, decoder = count_parameters(model), decoder_parameters(model)
     budget = Budget.parse(asked.params, dense=dense, decoder=decoder, outside=dense - decoder)
     sizes, _ = per_parameter(scores, neurons, budget, debt=Debt.none(neurons), step=1.0)
-    whole = mean_loss(model, unseen)
+    whole = mean_loss(model, unseen, dtype="auto")
     total = [0.0, 0.0]
     print(f"{'layer':>5} {'neurons gone':>12} {'predicted':>10} {'measured':>10}   nats per token")
     for axis in neurons:
@@ -56,7 +56,7 @@ def main() -> None:
         before = weight.detach().clone()
         least_squares(model, axes, mask, batches)
         with gated(model, axes, mask):
-            measured = mean_loss(model, unseen) - whole
+            measured = mean_loss(model, unseen, dtype="auto") - whole
         with torch.no_grad():
             weight.copy_(before)
         total = [total[0] + predicted, total[1] + measured]

@@ -1,4 +1,4 @@
-"""The two pictures of the README: a terminal and the page of a run.
+"""Two pictures: a terminal, for the tutorial, and the page of a run.
 
     python benchmarks/pictures.py terminal COMMAND …        # runs it and draws docs/terminal.svg
     python benchmarks/pictures.py page RUN_DIR              # docs/report.png, of its report.html; needs playwright and chromium

@@ -1,4 +1,4 @@
-"""What a model still knows after pruning, and after recovery: the retention table of docs/results.md.
+"""What a model still knows after pruning, and after recovery: the retention table of docs/measurements.md.
 
     python benchmarks/retention.py [--only dense,113.3M-pruned] [--measure text,arc_easy,mmlu] [-o FOLDER]
     python benchmarks/retention.py --table [-o FOLDER]
@@ -9,7 +9,7 @@ the dense model and those of each size, before and after, with `adapt-pruner eva
 documents of `corpus/web_owt`, the eight commonsense tasks and MMLU (four letters, no examples), all items of the local files.
 
 Every step is kept in the folder of `-o`, models as folders, figures as one JSON file a model and measure, and is not done again. The
-default, `benchmarks/retention`, comes with the figures of docs/results.md, so that a call measures what is still missing there; another folder
+default, `benchmarks/retention`, comes with the figures of docs/measurements.md, so that a call measures what is still missing there; another folder
 measures all. Two processes with OMP_NUM_THREADS=1 and different `--only` share a folder and two cores well.
 """
 

@@ -1,4 +1,4 @@
-"""Methods that make zeros, on SmolLM2-135M-Instruct: the tables of docs/results.md on zeros instead of cuts.
+"""Methods that make zeros, on SmolLM2-135M-Instruct: the tables of docs/measurements.md on zeros instead of cuts.
 
     python benchmarks/sparse.py [--only sparsegpt,2:4] [--draws 0 1 2] [--data ../shared/data] [-o runs/sparse]
     python benchmarks/sparse.py --table [-o runs/sparse]
@@ -10,7 +10,7 @@ A line of figures.jsonl in the folder of `-o` is one model: a row, its options, 
 of 512 tokens of WikiText-2's test text. A line that is there is not made again, so the command goes on where it was stopped. Models are
 removed once they are measured, unless `--keep` is given. Draw 0 is `calibration_c4_64x128.json`; `benchmarks/draws.py` makes 1 and 2.
 
-`--tune` measures rounds and steps of FISTAPruner at 2:4 on held-out C4, or on SPEC, but on no text of docs/results.md. Its lines go to tuned.jsonl.
+`--tune` measures rounds and steps of FISTAPruner at 2:4 on held-out C4, or on SPEC, but on no text of docs/measurements.md. Its lines go to tuned.jsonl.
 
 Beside the four solvers it has FISTAPruner from SparseGPT's result, without the correction within a decoder layer, and on the output of the sparse
 layers before, as SparseGPT reads it. Units removed to the same number of parameters that are not zero stand beside them. The line "forward pass" is

@@ -1,4 +1,4 @@
-"""The texts that docs/results.md measures on, and the rule that no setting is chosen on one of them."""
+"""The texts that docs/measurements.md measures on, and the rule that no setting is chosen on one of them."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ TUNED_ON = "../shared/data/corpus/web_c4/*.jsonl.gz#heldout"
 
 
 def to_tune_on(spec: str) -> str:
-    """The SPEC of a text on which settings may be chosen; ends the program if a figure of docs/results.md is measured on that text.
+    """The SPEC of a text on which settings may be chosen; ends the program if a figure of docs/measurements.md is measured on that text.
 
     `#train` of a text leaves out its `#heldout`, so it may be tuned on where only that part is tested.
     """
@@ -23,7 +23,7 @@ def to_tune_on(spec: str) -> str:
         shares_files = fnmatch(theirs, ours) or fnmatch(ours, theirs) or theirs.startswith(f"{ours}{os.sep}")
         if shares_files and not (part == "train" and their_part == "heldout"):
             sys.exit(
-                f"error: settings chosen on {spec} would be chosen on {name}, which docs/results.md measures on; tune on another "
+                f"error: settings chosen on {spec} would be chosen on {name}, which docs/measurements.md measures on; tune on another "
                 f"text, such as '{TUNED_ON}'"
             )
     return spec

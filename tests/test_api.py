@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 import adapt_pruner as ap
 from adapt_pruner import cli
-from adapt_pruner.api.arguments import _respelled, as_overrides, heard, named
+from adapt_pruner.api.arguments import as_overrides, heard, named
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Warned
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option, settings, spelled_for_python
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.report import screen as notebook
 from conftest import VOCAB, byte_tokenizer, read_json, tiny_model
@@ -78,14 +78,14 @@ def test_prune_does_what_the_command_does(
 @pytest.mark.parametrize("name", ["prune", "shrink", "run", "evaluate", "compare", "export", "verify", "chat"])
 def test_arguments_and_defaults_are_those_of_the_command(name: str) -> None:
     command = next(each.callback for each in cli.app.registered_commands if each.callback and each.callback.__name__ == name)
-    options = {option.replace("models", "model"): each for option, each in inspect.signature(command).parameters.items()}
+    options = {key.replace("models", "model"): each for key, each in inspect.signature(command).parameters.items()}
     taken = inspect.signature(getattr(ap, name)).parameters
     assert options.keys() - {"as_json", "dry_run", "against"} <= taken.keys()
     assert taken.keys() - options.keys() <= {"tokenizer", "progress", "listen"}
-    for option in options.keys() & taken.keys() - {"output", "prompt"}:
-        assert taken[option].default == options[option].default, option
-        typed = options[option].annotation.__metadata__[0]
-        assert typed.help[:1].isupper() or typed.help[:1] == "0", f"{option} has a line in --help"
+    for key in options.keys() & taken.keys() - {"output", "prompt"}:
+        assert taken[key].default == options[key].default, key
+        typed = options[key].annotation.__metadata__[0]
+        assert typed.help[:1].isupper() or typed.help[:1] == "0", f"{key} has a line in --help"
 
 
 def test_an_option_is_held_to_the_bounds_of_its_argument(
@@ -316,7 +316,7 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         (lambda: ap.export(small, "gguff", tmp_path / "x"), "form 'gguff' is not known; did you mean 'gguf'?"),
         (
             lambda: ap.export(small, "padded", tmp_path / "x", quant="q8_0"),
-            'quant="q8_0" works only with to gguf; the form padded sets its number format itself',
+            'quant="q8_0" works only with to="gguf"; the form padded sets its number format itself',
         ),
         (lambda: ap.verify(small), "has no mask over weights, so there is nothing to verify without an artefact"),
         (lambda: ap.chat(small, " "), "the prompt is empty; write a question or an instruction"),
@@ -351,24 +351,19 @@ def test_what_other_calls_cannot_take_is_refused_in_a_sentence(small: Any, text_
         ap.prune(small, prams="80%")  # type: ignore[call-arg]
 
 
-def test_errors_name_arguments_where_they_named_options() -> None:
-    names, flags = (
-        {"--params": "params", "--calibration-ids": "calibration_ids", "--trust-remote-code": "trust_remote_code"},
-        {"trust_remote_code"},
-    )
-    for said, heard_as in (
-        ("add --params 80%, or not", 'add params="80%", or not'),
-        ("--calibration-ids fixes every token", "calibration_ids fixes every token"),
-        ("pass --trust-remote-code if you trust it", "pass trust_remote_code=True if you trust it"),
-        ("add --set sparsity=50%, or --set step=0.1", 'add settings={"sparsity": "50%"}, or settings={"step": 0.1}'),
-        ("set by --set; leave it", "set by settings; leave it"),
-        ("with --other 3 and a--params", "with --other 3 and a--params"),
-        (
-            "give --params, or `adapt-pruner run x --params 80% --set a=1`",
-            "give params, or `adapt-pruner run x --params 80% --set a=1`",
-        ),
+def test_errors_name_arguments_to_python_and_options_to_a_shell() -> None:
+    for in_shell, in_python, spelled in (
+        ("--params 80%", 'params="80%"', lambda: option("params", "80%")),
+        ("--calibration-ids", "calibration_ids", lambda: option("calibration_ids")),
+        ("--temperature 0.7", "temperature=0.7", lambda: option("temperature", 0.7)),
+        ("--trust-remote-code", "trust_remote_code=True", lambda: option("trust_remote_code", True)),
+        ("--set", "settings", lambda: option("settings")),
+        ("--set repair=null", 'settings={"repair": None}', lambda: settings({"repair": None})),
+        ("--set a.b=true --set c=50%", 'settings={"a.b": True, "c": "50%"}', lambda: settings({"a.b": True, "c": "50%"})),
     ):
-        assert _respelled(said, names, flags) == heard_as
+        assert spelled() == in_shell
+        with spelled_for_python():
+            assert spelled() == in_python
     assert as_overrides({"a.b": None, "c": "80%", "d": [1]}) == ["a.b=null", 'c="80%"', "d=[1]"]
 
 
@@ -377,7 +372,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
 
     def loading(name: str, *, trust_remote_code: bool, **others: Any) -> Any:
         seen.append(trust_remote_code)
-        raise UsageError("pass --trust-remote-code if you trust it")
+        raise UsageError(f"pass {option('trust_remote_code', True)} if you trust it")
 
     for home in ("run.start", "compare.models", "export.verify", "report.with_card", "checkpoint.load"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
@@ -446,7 +441,7 @@ def test_transformers_speaks_again_afterwards_and_warnings_are_python_s() -> Non
     with heard(None, progress=False) as tell:
         assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.ERROR, False)
         with pytest.warns(UserWarning, match="^window of 9 is long$"):
-            tell(Warned(message="--window of 9 is long"))
+            tell(Warned(message="window of 9 is long"))
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (logging.WARNING, True)
     logging.set_verbosity_error()
     heard_of: list[dict[str, Any]] = []

@@ -16,9 +16,8 @@ from adapt_pruner.recipe import Recipe, parts, read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import loop
 from adapt_pruner.run.training import Trainer
-from adapt_pruner.train.loop import TrainState, make_optimizer
+from adapt_pruner.train.loop import Pace, TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
-from adapt_pruner.train.pace import Pace
 from adapt_pruner.work import RunData, Stage, Work
 from conftest import as_dicts, assert_same_model, read_json, tiny_model, train
 

@@ -1,7 +1,11 @@
 """Commands, recipes and keys on the pages of docs/ and in the README are ones that the command line and the schema take."""
 
+import importlib.metadata
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +95,66 @@ def test_every_key_is_in_the_table() -> None:
     known = {name for name in recipe.Recipe.model_fields if name not in tables}
     known |= {f"{table}.{name}" for table, model in tables.items() for name in model.model_fields}
     assert keys == known
+
+
+EXCLUDED = "---\nsearch:\n  exclude: true\n---\n"
+"""Front matter that keeps a page out of the site's search."""
+
+
+def searched() -> list[Path]:
+    """The pages that the site's search knows, but the one that the command line writes."""
+    return [page for page in PAGES if page.name != "README.md" and not page.read_text(encoding="utf-8").startswith(EXCLUDED)]
+
+
+def test_what_is_searched_is_read_in_two_hours() -> None:
+    words = {page.name: sum(bool(re.search(r"\w", word)) for word in page.read_text("utf-8").split()) for page in searched()}
+    assert sum(words.values()) <= 27_000, words
+
+
+def test_development_is_outside_the_search_and_nothing_else_is() -> None:
+    sections = {
+        name: pages for entry in yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"] for name, pages in entry.items()
+    }
+    development = {path for entry in sections["Development"] for path in entry.values()}
+    left_out = {page.name for page in PAGES if page not in searched()} - {"README.md"}
+    assert left_out == development
+
+
+def test_commands_of_users_name_no_folder_of_ours() -> None:
+    assert [page.name for page in [ROOT / "README.md", *searched()] if "shared/data" in page.read_text(encoding="utf-8")] == []
+
+
+def slugs(page: Path) -> set[str]:
+    """The anchors of a page's headings, as the site has them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {
+        re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.encode("ascii", "ignore").decode()).strip().lower())
+        for heading in plain
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_sections_lead_to_one(page: Path) -> None:
+    links = re.findall(r"\]\((?!http)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if link[1] not in slugs(page.parent / link[0] if link[0] else page)] == []
+
+
+def test_make_docs_installs_what_it_imports() -> None:
+    """And not torch, which is 2 GB: `make docs` takes the extra `docs` alone."""
+    code = (
+        "import importlib.metadata as meta, sys, typer, adapt_pruner.cli; typer.main.get_command(adapt_pruner.cli.app)\n"
+        "print(*{meta.packages_distributions()[name][0] for name in {name.partition('.')[0] for name in sys.modules} "
+        "if name in meta.packages_distributions()})"
+    )
+    imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.lower().split()
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
+    waiting, known = [re.match(r"[\w-]+", line)[0].lower() for line in installed], {"adapt-pruner"}  # type: ignore[index]
+    while waiting:
+        name = waiting.pop()
+        if name not in known:
+            known.add(name)
+            needs = [need for need in importlib.metadata.requires(name) or [] if "extra ==" not in need]
+            waiting += [re.match(r"[\w.-]+", need)[0].lower() for need in needs]  # type: ignore[index]
+    assert {name.replace("_", "-") for name in imported} - {name.replace("_", "-") for name in known} == set()
+    assert "torch" not in known

@@ -173,7 +173,7 @@ def test_more_heads_are_padded_where_the_stock_config_wants_them_to_divide_the_w
     """A width of 48 takes 6 heads, not 5."""
     model = tiny_model(("llama", "llama-mha-biased"), vocab_size=VOCAB)
     cut(model, families.axes(model), Mask({f"layers.{i}.kv_heads": torch.tensor([True] * 5 + [False]) for i in range(3)}))
-    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use --to padded"):
+    with pytest.raises(UsageError, match="does not allow 5 heads: the width 48 is not a multiple of that; use the form padded"):
         export(as_loaded(model), tmp_path / "uniform", to="uniform")
     export(as_loaded(model), tmp_path / "out", to="padded")
     assert read_json(tmp_path / "out" / "config.json")["num_attention_heads"] == 6
@@ -285,7 +285,7 @@ def test_the_command_that_export_prints_works(
         ),
         (lambda: tiny_model(("llama", "qwen2")), "DeciLM is a Llama, and this model is of type 'qwen2'"),
         (lambda: tiny_model(("llama", "mistral")), "'mistral' with a sliding window"),
-        (five_heads, "DeciLM's config wants the number of query heads, 5, to divide the width, 48; use --to padded"),
+        (five_heads, "DeciLM's config wants the number of query heads, 5, to divide the width, 48; use the form padded"),
         (lambda: tiny_model(("llama", "llama-mha-biased")), "DeciLM has no biases"),
     ],
 )
@@ -300,7 +300,7 @@ def test_what_decilm_cannot_say_is_refused_with_the_reason(model: Callable[[], A
 
 def test_a_rope_that_depends_on_the_length_of_a_text_is_no_graph(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-    with pytest.raises(UsageError, match="this model's rope 'dynamic' is not; use --to padded"):
+    with pytest.raises(UsageError, match="this model's rope 'dynamic' is not; use the form padded"):
         export(as_loaded(tiny_model(vocab_size=VOCAB, rope_parameters=rope)), tmp_path / "out", to="onnx")
     assert not (tmp_path / "out").exists()
 

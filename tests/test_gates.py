@@ -91,7 +91,7 @@ def test_the_axis_layers_says_where_the_decoder_layers_are(batches: list[torch.T
 
     monkeypatch.setattr(other, "get_decoder", without_layers)
     with pytest.raises(AttributeError):
-        streams(other, batches)
+        streams(other, batches, dtype="float32")
     scores = []
     for model in (plain, other):
         axes, mask = families.axes(model), half(families.axes(model))

@@ -410,6 +410,15 @@ def test_an_axis_says_itself_what_it_lies_inside_and_whether_it_may_be_empty() -
         Mask({desks.name: torch.tensor([True, False])}).of(replace(pens, size=3, groups=1))
 
 
+def test_a_unit_that_has_to_stay_stays() -> None:
+    """Such as the last layer with attention of Qwen3.5, whatever its score."""
+    layers = Axis("layers", 4, 1, Gate("x", kind="whole"), stays=(3,))
+    best = Mask.of_sizes([layers], {"layers": torch.tensor([4.0, 3.0, 2.0, 1.0])}, {"layers": 2})
+    assert best["layers"].tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match="mask of 'layers' removes unit 3, without which the model does not run"):
+        Mask({"layers": torch.tensor([True, True, True, False])}).check([layers])
+
+
 def test_every_group_must_lose_as_many_query_heads() -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())

@@ -301,7 +301,7 @@ def test_loss_drop_of_a_layer_is_the_loss_without_it(batches: list[Tensor]) -> N
 
 def test_loss_drop_of_the_only_layer_is_0(batches: list[Tensor]) -> None:
     model = tiny_model(num_hidden_layers=1)
-    assert blocks.loss_drop(model, [families.axes(model)[-1]], batches) == {"layers": torch.zeros(1)}
+    assert blocks.loss_drop(model, [families.axes(model)[-1]], batches, dtype="float32") == {"layers": torch.zeros(1)}
 
 
 def recipe_with(tiny_folder: Path, text_file: Path, **changes: Any) -> Any:

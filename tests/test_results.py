@@ -1,4 +1,4 @@
-"""Tables in docs/results.md whose figures lie in the repository say what the figures say."""
+"""Tables in docs/measurements.md whose figures lie in the repository say what the figures say."""
 
 import json
 import re
@@ -23,7 +23,7 @@ def test_the_retention_table_is_that_of_its_figures() -> None:
     printed = table_of(ROOT / "benchmarks" / "retention")
     rows = [line for line in printed if "%" in line or "perplexity" in line]
     assert len(rows) >= 9, printed
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").splitlines()
     assert [row for row in printed[2:] if row not in text] == [], "put the output of benchmarks/retention.py --table there"
 
 
@@ -40,7 +40,7 @@ def test_the_table_of_methods_is_that_of_its_cells(compared: str, least: int) ->
             dense = figures
     _, lines = table(rows_of(cells, dense))
     assert len(lines) > least
-    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").splitlines()
+    text = (ROOT / "docs" / "measurements.md").read_text(encoding="utf-8").splitlines()
     rows = [f"| {' | '.join(line)} |" for line in lines if any(line)]
     assert [row for row in rows if row not in text] == [], "put the table of compare.md there"
 

@@ -162,11 +162,11 @@ def test_the_first_directions_hold_most_of_the_signal() -> None:
 def test_collecting_leaves_the_model_as_it_was() -> None:
     model = tiny_model()
     before = logits(model, some_ids())
-    found = list(directions(model, [some_ids(1)], WIDTH))
+    found = list(directions(model, [some_ids(1)], WIDTH, dtype="auto"))
     assert [basis.shape for basis in found] == [(48, WIDTH)] * 6
     assert torch.equal(logits(model, some_ids()), before)
     with pytest.raises(IndexError):
-        list(directions(model, [torch.full((1, 4), 1000)], WIDTH))
+        list(directions(model, [torch.full((1, 4), 1000)], WIDTH, dtype="auto"))
     assert torch.equal(logits(model, some_ids()), before)
 
 

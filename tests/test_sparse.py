@@ -21,7 +21,7 @@ from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.model.weight_mask import WeightMask, linear_layers, oriented, packed
 from adapt_pruner.core.system import world
-from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
+from adapt_pruner.core.system.filenames import WEIGHT_MASK
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.recipe import read
@@ -323,7 +323,7 @@ def test_a_mask_is_found_by_the_name_of_a_model_on_the_hub(
 
 def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
     prune(recipe_of(tiny_folder, text_file, "magnitude-sparse"), tmp_path / "sparse")
-    file = tmp_path / "sparse" / WEIGHT_MASK_FILE
+    file = tmp_path / "sparse" / WEIGHT_MASK
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])
     with pytest.raises(RunError, match=r"sparsity/weight_mask.safetensors of .* is damaged"):
@@ -336,7 +336,7 @@ def test_a_damaged_or_foreign_mask_is_refused(tiny_folder: Path, text_file: Path
     tiny_model(vocab_size=VOCAB, intermediate_size=48).save_pretrained(wider)
     byte_tokenizer().save_pretrained(wider)
     (wider / "sparsity").mkdir()
-    (wider / WEIGHT_MASK_FILE).write_bytes(whole)
+    (wider / WEIGHT_MASK).write_bytes(whole)
     with pytest.raises(
         RunError, match=r"sparsity/ of .* belongs to another model: the mask over .* is \(40, 48\), the weight is \(48, 48\)"
     ):

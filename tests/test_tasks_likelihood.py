@@ -11,9 +11,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapt_pruner.data.windows import held_out_windows
-from adapt_pruner.evaluate.harness import harness_model
 from adapt_pruner.evaluate.task_sources import find_tasks
-from adapt_pruner.evaluate.tasks import evaluate_tasks, set_shots
+from adapt_pruner.evaluate.tasks import evaluate_tasks, harness_model, set_shots
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 from test_tasks import ask, close, folder, needs_lm_eval, uneven

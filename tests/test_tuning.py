@@ -28,7 +28,7 @@ CORPUS = "../shared/data/corpus"
 def test_a_text_that_results_are_measured_on_is_no_place_to_tune(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(BENCHMARKS.parent)
     with pytest.raises(
-        SystemExit, match=r"error: settings chosen on .* docs/results.md measures on; tune on another text, such as"
+        SystemExit, match=r"error: settings chosen on .* docs/measurements.md measures on; tune on another text, such as"
     ):
         to_tune_on(spec)
 

@@ -17,8 +17,7 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.data.sources import documents
-from adapt_pruner.data.tokens import evaluation_windows, in_other_tokens, text_bytes
-from adapt_pruner.data.uses import token_uses
+from adapt_pruner.data.tokens import evaluation_windows, in_other_tokens, text_bytes, token_uses
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.score.calibrate import score

@@ -58,7 +58,7 @@ def biased(layout: tuple[str, str], *, equal: bool) -> Any:
     mask = Mask(
         {axis.name: torch.arange(axis.size) % 5 > (0 if equal else axis.layer or 0) for axis in axes if axis.kind == "neurons"}
     )
-    mean_bias(model, axes, mask, [torch.randint(3, VOCAB, (2, 16))])
+    mean_bias(model, axes, mask, [torch.randint(3, VOCAB, (2, 16))], dtype="auto")
     cut(model, axes, mask)
     return model
 

@@ -8,9 +8,14 @@ The message is one sentence with the value, the limit and the remedy; the comman
 """
 
 import difflib
+import json
 import re
-from collections.abc import Iterable
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+_IN_PYTHON: ContextVar[bool] = ContextVar("in_python", default=False)
 
 
 class UsageError(ValueError):
@@ -26,6 +31,36 @@ class RunError(RuntimeError):
 
 
 E = TypeVar("E", bound=UsageError | RunError)
+
+
+@contextmanager
+def spelled_for_python() -> Iterator[None]:
+    """Let `option` and `settings` speak to a caller in Python until the end of the context."""
+    before = _IN_PYTHON.set(True)
+    try:
+        yield
+    finally:
+        _IN_PYTHON.reset(before)
+
+
+def option(name: str, value: Any = None) -> str:
+    """An option in the caller's words, with an example: `--params 80%` in a shell, `params="80%"` in Python. True is a flag."""
+    if _IN_PYTHON.get():
+        return name if value is None else f"{name}={_literal(value)}"
+    spelled = "--set" if name == "settings" else f"--{name.replace('_', '-')}"
+    return spelled if value is None or value is True else f"{spelled} {value}"
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Keys of a recipe in the caller's words: `--set step=0.1` in a shell, `settings={"step": 0.1}` in Python."""
+    if _IN_PYTHON.get():
+        return f"settings={{{', '.join(f'{json.dumps(key)}: {_literal(value)}' for key, value in values.items())}}}"
+    written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    return " ".join(f"--set {key}={value}" for key, value in written.items())
+
+
+def _literal(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def of_all(error: E) -> E:

@@ -9,5 +9,5 @@ benching.py    bench, which only the command line has
 The signatures are the only declarations of options: the command line makes its own from them (`cli.options`). So these files load
 torch only when a function is called, because `--help` reads them.
 
-Errors of the rest of the package name options of the command line; here they name arguments (`arguments.in_python`).
+Errors name options of the command line to a shell and arguments to Python (`errors.option`).
 """

@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 import inspect
-import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from adapt_pruner.core.events import Event, Warned
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_json import to_json
-from adapt_pruner.errors import RunError, UsageError
+from adapt_pruner.errors import UsageError, spelled_for_python
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +77,6 @@ Settings = Annotated[Mapping[str, Any], Takes('a dict such as {"training.lr": 1e
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
-_OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z-]*)(?: ([^\s;()]+))?")
-_ANY_OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 _PACKAGE = Path(__file__).parents[1]
 _SHOWN = 60  # the most characters of a value in a sentence
 
@@ -131,26 +128,19 @@ def _check(name: str, value: Any, annotation: Any) -> None:
 
 
 def in_python(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Check a function's arguments by their annotations, and let its errors name them instead of options: `--params 80%` is `params="80%"`.
+    """Check a function's arguments by their annotations, and let its errors name them and no options: `params="80%"`, not `--params 80%`.
 
     The command line calls the function inside (`inspect.unwrap`): its parser has checked the same annotations.
     """
     signature = inspect.signature(function)
-    names = {f"--{name.replace('_', '-')}": name for name in signature.parameters}
-    if "calibration" not in signature.parameters:
-        names["--calibration"] = "text"
-    flags = {name for name, parameter in signature.parameters.items() if parameter.default is False}
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         _import_tqdm()
-        try:
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
-                _check(name, value, signature.parameters[name].annotation)
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            _check(name, value, signature.parameters[name].annotation)
+        with spelled_for_python():
             return function(*args, **kwargs)
-        except (UsageError, RunError) as error:
-            error.args = (_respelled(str(error), names, flags),)
-            raise
 
     return checked
 
@@ -161,32 +151,6 @@ def _import_tqdm() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="IProgress not found")
         importlib.import_module("tqdm.auto")
-
-
-def _respelled(sentence: str, names: Mapping[str, str], flags: set[str]) -> str:
-    def respelled(found: re.Match[str]) -> str:
-        option, behind = found[1], found[2] or ""
-        value = behind.rstrip(".,:")
-        rest = behind[len(value) :]
-        if not re.search(r"[A-Z\d%=]", value):  # not a value but the next word of the sentence
-            value, rest = "", behind
-        after = f" {rest}" if rest and not value else rest
-        if option == "--set":
-            key, equals, written = value.partition("=")
-            return ("settings" if not equals else f"settings={{{to_json(key)}: {_literal(written)}}}") + after
-        if option not in names:
-            return found[0]
-        name = names[option]
-        if name in flags:
-            return f"{name}=True" + (f" {behind}" if behind else "")
-        return (f"{name}={_literal(value)}" if value else name) + after
-
-    parts = re.split(r"(`[^`]*`)", sentence)  # commands of a shell stay as they are
-    return "".join(part if part.startswith("`") else _OPTION.sub(respelled, part) for part in parts)
-
-
-def _literal(written: str) -> str:
-    return written if re.fullmatch(r"[\d._]+(e-?\d+)?", written) else to_json(written)
 
 
 def _refused(name: str, value: Any, words: str) -> UsageError:
@@ -251,8 +215,7 @@ def heard(listen: Listener | None, *, progress: bool) -> Iterator[Callable[[Even
                 if progress:
                     shown(event)
                 elif listen is None and isinstance(event, Warned):
-                    message = _ANY_OPTION.sub(lambda found: found[1].replace("-", "_"), event.message)
-                    warnings.warn(message, stacklevel=_outside())
+                    warnings.warn(event.message, stacklevel=_outside())
                 if listen is not None:
                     listen(event.to_dict())
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from adapt_pruner.api.arguments import Takes
 from adapt_pruner.core.events import Listener, Warned
-from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.errors import UsageError, nearest, option
 
 _ENGINES = ("torch", "llama.cpp")
 _MOST_ROWS = 2**16
@@ -59,18 +59,22 @@ def bench(
     check_precision(dtype)
     batches = [int(number) if number.strip().isdecimal() and len(number) < 20 else 0 for number in batch.split(",")]
     if not all(1 <= count <= _MOST_ROWS for count in batches):
-        raise UsageError(f"--batch {batch!r} is not a list of batch sizes from 1 to {_MOST_ROWS:,}; write it like 1,8")
+        raise UsageError(f"{option('batch')} {batch!r} is not a list of batch sizes from 1 to {_MOST_ROWS:,}; write it like 1,8")
     if engine not in _ENGINES:
         raise UsageError(f"engine {engine!r} is not known; {nearest(engine, _ENGINES)}")
     if engine == "torch" and quant is not None:
-        raise UsageError(f"--quant {quant} applies only to --engine llama.cpp; torch has no such weights, so leave it out")
+        raise UsageError(
+            f"{option('quant', quant)} applies only to {option('engine', 'llama.cpp')}; torch has no such weights, so leave it out"
+        )
     if engine == "llama.cpp" and device not in ("auto", "cpu"):
-        raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave --device out")
+        raise UsageError(f"llama.cpp is measured on the CPU, not on {device!r}; leave {option('device')} out")
     if engine == "llama.cpp" and dtype != "auto":
-        raise UsageError(f"--dtype {dtype} applies only to --engine torch; for llama.cpp use --quant f32, f16, bf16, …")
+        raise UsageError(
+            f"{option('dtype', dtype)} applies only to {option('engine', 'torch')}; for llama.cpp give {option('quant', 'f32')}, f16, bf16, …"
+        )
     if quant is not None and Path(model).is_file() and Path(against).is_file():
         raise UsageError(
-            f"--quant {quant} applies only to models that bench exports, and both are .gguf files already; leave it out"
+            f"{option('quant', quant)} applies only to models that bench exports, and both are .gguf files already; leave it out"
         )
     import torch  # only after everything that can be refused without it
 

@@ -22,6 +22,7 @@ from adapt_pruner.api.arguments import (
     placed,
 )
 from adapt_pruner.core.events.words import answered, score
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded
 
 Draws = Annotated[int, Takes("a whole number from 1 to 1000", None, int, least=1, most=1000)]
@@ -145,7 +146,7 @@ class Comparison:
     @property
     def page(self) -> Path:
         """The comparison as an HTML page."""
-        return self.path / "compare.html"
+        return self.path / filenames.COMPARISON_PAGE
 
     def __repr__(self) -> str:
         from adapt_pruner.compare.table import table

@@ -30,6 +30,7 @@ from adapt_pruner.api.exporting import export
 from adapt_pruner.api.measuring import Evaluation, chat, evaluate
 from adapt_pruner.core.events import Event
 from adapt_pruner.core.events.words import measured_text, millions, span
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import UsageError
 
@@ -153,7 +154,7 @@ class Result:
         from adapt_pruner.report.record import read_record, record_of_result
 
         if self._run_dir is not None:
-            record, place = read_record(self._run_dir), self._run_dir / "report.html"
+            record, place = read_record(self._run_dir), self._run_dir / filenames.PAGE
         else:
             record, place = record_of_result(self.path, self._events), self.path.with_name(f"{self.path.name}.html")
         place = place if output is None else expanded(output)
@@ -440,4 +441,6 @@ def _ran(
     outcome = with_card.run(recipe, place, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe)
     kept: dict[str, Any] = {} if outcome is None else {"history": outcome.history, "mask": outcome.mask}
     figures = figures_of(place) if outcome is None else outcome.figures
-    return Result(place / "model", recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept)
+    return Result(
+        place / filenames.RESULT, recipe, figures, run_dir=place, trust_remote_code=trust_remote_code, keeper=keep, **kept
+    )

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import read_json, to_json
 
 _PREFIX = "pruned_"  # the same as in modeling_pruned.py
@@ -25,7 +26,7 @@ _OF_GEMMA = {"full_attention": "rope_theta", "sliding_attention": "rope_local_ba
 
 def write_compatible_names(folder: Path) -> None:
     """Add these names, in place, to a folder that transformers 5 has written; see the top of this file."""
-    for name, change in (("config.json", _older_config), ("tokenizer_config.json", _older_tokenizer)):
+    for name, change in ((filenames.CONFIG, _older_config), ("tokenizer_config.json", _older_tokenizer)):
         path = folder / name
         if path.is_file():
             path.write_text(to_json(dict(sorted(change(read_json(path)).items())), indent=2) + "\n", encoding="utf-8")
@@ -40,6 +41,15 @@ def stock_type(config: Mapping[str, Any]) -> Any:
     """The model type by its name in transformers, from a config.json as plain data; None if it names no type."""
     named = config.get("model_type")
     return named.removeprefix(_PREFIX) if isinstance(named, str) else named
+
+
+def with_common_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with the names that most models use, beside those of its own type (`n_layer` of GPT-2)."""
+    from transformers import CONFIG_MAPPING
+
+    kind = stock_type(config)
+    names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+    return {**{common: config[name] for common, name in names.items() if name in config}, **config}
 
 
 def _older_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from adapt_pruner.checkpoint.compatible_names import stock_name, stock_type
 from adapt_pruner.checkpoint.save import needs_own_code
 from adapt_pruner.checkpoint.untrusted import code_in, without_code
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import read_json
-from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
+from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, option
 
 _COUNT = re.compile(r"num_\w+|\w+_size|\w+_dim")
 _LONGEST = 60  # characters of a value that a sentence repeats
@@ -34,7 +35,7 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
     raw: dict[str, Any] = {}
     try:
         if "gguf_file" not in options:
-            if (path := Path(folder, "config.json")).is_file() and not isinstance(read_json(path), dict):
+            if (path := Path(folder, filenames.CONFIG)).is_file() and not isinstance(read_json(path), dict):
                 raise UsageError(f"model {name!r} cannot be loaded: its config.json holds no JSON object; get the folder again")
             raw, _ = PreTrainedConfig.get_config_dict(folder)
             if "model_type" in raw and stock_type(raw) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -50,7 +51,9 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
             if (stock := families.stock_config(plain)) is not None:  # stock code computes what the checkpoint's own code does
                 options["trust_remote_code"] = False
                 return stock
-            ours = any(raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "sliced_hidden_size"))
+            ours = any(
+                raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "keeps_head_dim", "sliced_hidden_size")
+            )
             if (
                 ours and raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
             ):  # its auto_map is for tools without this library
@@ -67,7 +70,7 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
         pass_on_memory(error)
         why = first_line(error)
         if "trust_remote_code" in str(error):
-            why = "it needs to run its own Python code; pass --trust-remote-code if you trust it"
+            why = f"it needs to run its own Python code; pass {option('trust_remote_code', True)} if you trust it"
         elif not Path(folder).exists():
             why = (
                 f"it is not on this machine and could not be fetched from the hub ({why}); check the name, the network, or give a "

@@ -33,7 +33,8 @@ from adapt_pruner.core.model.axes import Mask, in_layer
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import cast_weights
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.core.system.files import UNMERGED_FILE, cache_folder, expanded, folder_beside, remove, weight_bytes
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.files import cache_folder, expanded, folder_beside, remove, weight_bytes
 from adapt_pruner.core.system.memory import take_into_memory
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json
@@ -146,7 +147,7 @@ def load(
         RunError: its files are damaged.
     """
     folder, gguf = locate(name)
-    if not unmerged and fresh is None and all((Path(folder) / file).is_file() for file in ("state.json", UNMERGED_FILE)):
+    if not unmerged and fresh is None and all((Path(folder) / file).is_file() for file in (filenames.STATE, filenames.ADAPTERS)):
         raise UsageError(
             f"{name} holds LoRA adapters that are not merged into its weights yet; continue its run, or name a checkpoint from "
             "before or after its training"
@@ -243,7 +244,7 @@ def has_weights(name: str) -> bool:
         return any(Path(folder).glob("*.safetensors"))
     from huggingface_hub import try_to_load_from_cache
 
-    names = ("model.safetensors", "model.safetensors.index.json")
+    names = (filenames.WEIGHTS, filenames.WEIGHTS_INDEX)
     return any(isinstance(try_to_load_from_cache(folder, file), str) for file in names)
 
 
@@ -270,9 +271,9 @@ def locate(name: str) -> tuple[str, str | None]:
     """
     path = expanded(name)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            remedy, result = "name a Hugging Face folder or a .gguf file", path / "model"
-            if (path / "recipe.yaml").is_file():
+        if not (path / filenames.CONFIG).is_file():
+            remedy, result = "name a Hugging Face folder or a .gguf file", path / filenames.RESULT
+            if (path / filenames.RECIPE).is_file():
                 remedy = "it is the folder of a run" + (
                     f"; name its result, {result}"
                     if result.is_dir()
@@ -420,11 +421,11 @@ def _only_tokens_with_a_row(tokenizer: Any, name: str, embedding: Any, args: tup
 
 def _origin(folder: str) -> tuple[Mask | None, int | None]:
     """The mask against the dense model and that model's parameters, if the folder, or the model on the hub, is one of ours."""
-    if (path := found(folder, "mask.json")) is None:
+    if (path := found(folder, filenames.MASK)) is None:
         return None, None
     try:
         mask = Mask.from_json(read_json(path))
-        if (about := found(folder, "pruning.json")) is None:
+        if (about := found(folder, filenames.PRUNING)) is None:
             return mask, None
         path = about
         dense_params = read_json(path)["dense_params"]

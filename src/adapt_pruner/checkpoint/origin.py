@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_regular
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.core.system.terminal import one_line
@@ -56,7 +57,7 @@ def origin(name: str) -> dict[str, Any]:
     elif not Path(where).is_dir():
         base |= {"name": name, "hub": where} | _of_hub(where, fetch=len(seen) == 1)
     else:
-        earlier = _json(Path(where) / "pruning.json")
+        earlier = _json(Path(where) / filenames.PRUNING)
         if isinstance(earlier.get("base"), dict):
             return said_of_base(earlier["base"])
         base |= {"name": Path(where).resolve().name} | _of_folder(Path(where))
@@ -82,7 +83,7 @@ def _named_before(name: str, seen: set[str]) -> str | None:
     """The model that a checkpoint inside a run was made of, as its recipe names it; None if there is none or it has been seen."""
     path = Path(name).expanduser()
     seen.add(os.path.realpath(path) if path.is_dir() else name)
-    earlier = _json(path / "pruning.json") if path.is_dir() else {}
+    earlier = _json(path / filenames.PRUNING) if path.is_dir() else {}
     if not earlier or isinstance(earlier.get("base"), dict):
         return None
     try:
@@ -94,12 +95,12 @@ def _named_before(name: str, seen: set[str]) -> str | None:
 
 
 def _of_folder(folder: Path) -> dict[str, Any]:
-    if license_ := _of_readme(_text(folder / "README.md")):
+    if license_ := _of_readme(_text(folder / filenames.CARD)):
         if not _is_address(license_.get("license_link", "")):  # it names a file that is not passed on
             license_.pop("license_link", None)
         return license_
-    if isinstance(named := _json(folder / "config.json").get("license"), str):
-        return {"license": named.lower(), "license_from": "config.json"}
+    if isinstance(named := _json(folder / filenames.CONFIG).get("license"), str):
+        return {"license": named.lower(), "license_from": filenames.CONFIG}
     for path in sorted(folder.glob("[Ll][Ii][Cc][Ee][Nn][SsCc][Ee]*")):
         text = re.sub(r"\s+", " ", _text(path))
         for license_id, pattern in _LICENSE_TEXTS.items():
@@ -114,7 +115,7 @@ def _of_hub(hub_id: str, *, fetch: bool) -> dict[str, Any]:
     from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError is that of the HTTP library beneath
 
     try:
-        path = Path(hf_hub_download(hub_id, "README.md", local_files_only=not fetch))
+        path = Path(hf_hub_download(hub_id, filenames.CARD, local_files_only=not fetch))
     except (HTTPError, HFValidationError, OSError):  # no such file, no network, no permission
         return {}
     fields = _of_readme(_text(path))
@@ -139,7 +140,7 @@ def _of_readme(text: str) -> dict[str, Any]:
     except Exception:  # the front matter is no YAML or no mapping; several libraries raise errors for that
         return {}
     license_ = {key: str(data[key]) for key in _LICENSE_KEYS if isinstance(data.get(key), str)}
-    return license_ | {"license_from": "README.md"} if "license" in license_ else {}
+    return license_ | {"license_from": filenames.CARD} if "license" in license_ else {}
 
 
 def _of_gguf(path: Path) -> dict[str, Any]:

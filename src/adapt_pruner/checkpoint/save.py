@@ -32,6 +32,7 @@ from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.weight_mask import WeightMask
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import RunError, UsageError
@@ -193,25 +194,26 @@ def save(
     check_finite(Path(path), state, dtype=dtype)
     check_fits(Path(path), state, dtype=dtype)
     with whole_or_nothing(Path(path)) as folder:
-        _save_weights(model, folder, dtype, state)
+        _save_weights(model, folder, dtype, state, as_named=bool(_built_by(config)[1]))
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_compatible_names(folder)
         for name in _built_by(config)[1]:
             shutil.copyfile(Path(str(modeling_pruned.__file__)).with_name(f"{name}.py"), folder / f"{name}.py")
         if mask is not None:
-            (folder / "mask.json").write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
+            (folder / filenames.MASK).write_text(to_json(mask.to_json()) + "\n", encoding="utf-8")
         if weight_mask is not None:
             write_weight_mask(weight_mask, folder)
         if pruning is not None:
-            (folder / "pruning.json").write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
+            (folder / filenames.PRUNING).write_text(to_json(pruning, indent=2) + "\n", encoding="utf-8")
         write_more(folder)
 
 
 def needs_own_code(config: Any) -> bool:
     """Whether no stock class builds a model of this config, but one of modeling_pruned.py or modeling_sliced.py does."""
     added = getattr(config, "output_bias", False) or getattr(config, "block_sums", 0)
-    return bool(config.is_heterogeneous or added or families.is_sliced(config))
+    narrow = not config.is_heterogeneous and modeling_pruned.has_narrow_heads(config)
+    return bool(config.is_heterogeneous or narrow or added or families.is_sliced(config))
 
 
 def stock_class(model: Any) -> str:
@@ -295,14 +297,18 @@ def _built_by(config: Any) -> tuple[str, tuple[str, ...]]:
     return ("Pruned", ("modeling_pruned",)) if needs_own_code(config) else ("", ())
 
 
-def _save_weights(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor]) -> None:
-    """Save the weights in `dtype`; `state` is changed in place."""
+def _save_weights(model: Any, folder: Path, dtype: torch.dtype, state: dict[str, torch.Tensor], *, as_named: bool) -> None:
+    """Save the weights in `dtype`; `state` is changed in place.
+
+    With `as_named` tensors have the names that they have in the model. transformers writes the names of a type's first files instead
+    (`embed_out` of GPT-NeoX, experts one by one), and reads these for its own classes only.
+    """
     if any(tensor.dtype != dtype for tensor in state.values() if tensor.is_floating_point()):
         cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor
         for name, tensor in state.items():
             if tensor.is_floating_point():
                 state[name] = cast.setdefault(tensor.data_ptr(), tensor.to(dtype))
-    save_unchecked(model, folder, state_dict=state)
+    save_unchecked(model, folder, state_dict=state, save_original_format=not as_named)
 
 
 def save_unchecked(model: Any, folder: Path, **options: Any) -> None:

@@ -19,12 +19,12 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.core.system.files import UNMERGED_FILE, expanded, files_in
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.files import expanded, files_in
 from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.errors import RunError
 from adapt_pruner.train.adapters import base_name
 
-_OPTIMIZER_FILE = "optimizer.safetensors"
 _PIECES, _PIECE = 64, 2**16  # pieces of a large file that are hashed, and bytes of each
 
 
@@ -59,12 +59,12 @@ def save_state(
     check_fits(path, base, moments, additions, dtype=torch.float32)
 
     def write_more(folder: Path) -> None:
-        for name, tensors in ((_OPTIMIZER_FILE, moments), (UNMERGED_FILE, additions)):
+        for name, tensors in ((filenames.MOMENTS, moments), (filenames.ADAPTERS, additions)):
             if tensors:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
         files = {name: [file.stat().st_size, _digest(file)] for name, file in files_in(folder).items()}
         whole = {**state, "files": files}
-        (folder / "state.json").write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
+        (folder / filenames.STATE).write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
 
     save(
         loaded.model, loaded.tokenizer, path,
@@ -83,7 +83,7 @@ def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
         RunError: a file is missing, cut short or changed.
     """
     try:
-        state: dict[str, Any] = read_json(path / "state.json")
+        state: dict[str, Any] = read_json(path / filenames.STATE)
         if state.pop("sha256") != _fingerprint(state):
             raise RunError(f"{path / 'state.json'} is not what was written")
         for name, (size, digest) in state["files"].items():
@@ -111,7 +111,7 @@ def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) ->
     """
     loaded = load(str(path), device=device, unmerged=True)
     extras: dict[str, Tensor] = {}
-    for name in (_OPTIMIZER_FILE, UNMERGED_FILE):
+    for name in (filenames.MOMENTS, filenames.ADAPTERS):
         file = path / name
         if file.is_file():  # copied to aligned memory, because products with unaligned tensors may round differently
             extras |= {key: tensor.clone() for key, tensor in load_file(file).items()}
@@ -147,9 +147,9 @@ def identity(name: str) -> str:
     path = expanded(name)
     if path.is_file():
         return _sampled(path)
-    if not (path / "config.json").is_file():
+    if not (path / filenames.CONFIG).is_file():
         return name
-    return " ".join(_sampled(file) for file in [path / "config.json", *sorted(path.glob("*.safetensors"))])
+    return " ".join(_sampled(file) for file in [path / filenames.CONFIG, *sorted(path.glob("*.safetensors"))])
 
 
 def _sampled(path: Path) -> str:

@@ -13,13 +13,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_regular
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 _WHOLE = (".json", ".jinja", ".model", ".md", ".py", ".tiktoken", ".txt")  # endings of files that are read whole
 _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
-_INDEX = "model.safetensors.index.json"
 
 _HARMLESS = {"attn": (None, "eager", "sdpa", "flex_attention"), "experts": (None, "eager", "batched_mm", "grouped_mm")}
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
@@ -55,7 +55,7 @@ def check_weights(folder: str, named: Any, name: str) -> None:
             f"{name} has an adapter beside its weights (adapter_config.json), which would silently change the model; merge it "
             "with peft (merge_and_unload) and name the result, or remove adapter_config.json to load the weights without it"
         )
-    index = named if isinstance(named, str) and named.endswith(".index.json") else _INDEX
+    index = named if isinstance(named, str) and named.endswith(".index.json") else filenames.WEIGHTS_INDEX
     if named is not None and index is not named and not _is_shard(named):
         raise UsageError(f"config.json of {name} names the weights {named!r}; only *.safetensors files of the folder are read")
     if Path(index).name != index:
@@ -165,7 +165,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
 
 def _files(folder: str, named: Any) -> list[Path]:
     """The file of the weights, or those that their index names; empty if there is none."""
-    for name in ("model.safetensors", "model.safetensors.index.json") if named is None else (str(named),):
+    for name in (filenames.WEIGHTS, filenames.WEIGHTS_INDEX) if named is None else (str(named),):
         if (path := found(folder, name)) is not None:
             shards = [found(folder, shard) for shard in sorted(shards_in(path))] if name.endswith(".json") else [path]
             return [shard for shard in shards if shard is not None]

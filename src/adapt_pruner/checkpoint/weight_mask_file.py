@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from adapt_pruner.checkpoint.untrusted import found
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.weight_mask import WeightMask, packed, unpacked
-from adapt_pruner.core.system.files import WEIGHT_MASK_FILE
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import of_json, to_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 
 
 def write_weight_mask(mask: WeightMask, folder: Path) -> None:
     """Write a mask into a model folder under construction."""
-    path = folder / WEIGHT_MASK_FILE
+    path = folder / filenames.WEIGHT_MASK
     path.parent.mkdir()
     shapes = {name: list(keep.shape) for name, keep in mask.kept.items()}
     about = {"format": "1", "pattern": "" if mask.pattern is None else str(mask.pattern), "shapes": to_json(shapes)}
@@ -40,7 +40,7 @@ def read_weight_mask(folder: str, name: str, model: Any) -> WeightMask | None:
     Raises:
         RunError: the file is damaged, or belongs to another model.
     """
-    path = found(folder, WEIGHT_MASK_FILE)
+    path = found(folder, filenames.WEIGHT_MASK)
     if path is None:
         return None
     try:
@@ -56,7 +56,7 @@ def read_weight_mask(folder: str, name: str, model: Any) -> WeightMask | None:
         mask = WeightMask(kept, Pattern.parse(about["pattern"]) if about["pattern"] else None)
     except (SafetensorError, UsageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{WEIGHT_MASK_FILE} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
+            f"{filenames.WEIGHT_MASK} of {name} is damaged ({first_line(error)}); remove it to load the model as one whose zeros are ordinary weights"
         ) from error
     try:
         mask.check(model)

@@ -44,7 +44,7 @@ def inspect(
     zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
-            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(str(row["experts"]) for _ in routed),
+            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
             *(_use(row) for _ in use),
             f"{row['params']:,}",
             *(f"{row['nonzero']:,}" for _ in zeros), _share(row),
@@ -62,6 +62,10 @@ def inspect(
         pattern = None if loaded.weight_mask is None else loaded.weight_mask.pattern
         stored = f"{figures['nonzero'] / figures['params']:.1%} of those stored{'' if pattern is None else f', {pattern.words}'}"
         print(f"{figures['nonzero']:,} parameters are not zero, {stored}")
+
+
+def _experts(row: dict[str, Any]) -> str:
+    return f"{row['experts']} of {row['expert_neurons']:,}" if row["experts"] else "0"
 
 
 def _use(row: dict[str, Any]) -> str:
@@ -118,8 +122,9 @@ def models(
     if as_json:
         print(to_json(rows))
         return
-    table = [[kind, ", ".join(row["axes"]), "yes" if row["unequal"] else "no"] for kind, row in rows.items()]
-    print_table(["type", "may shrink", "layers of unequal size"], table, left=3)
+    words = {True: "yes", False: "no"}
+    table = [[kind, ", ".join(row["axes"]), words[row["unequal"]], words[row["gguf"]]] for kind, row in rows.items()]
+    print_table(["type", "may shrink", "layers of unequal size", "GGUF"], table, left=4)
     if len(rows) == 1:
         for kind, row in rows.items():
             print()

@@ -17,6 +17,7 @@ from adapt_pruner.cli.options import Json, options_of, written_to
 from adapt_pruner.cli.tables import print_table, said_perplexities
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, compact, counted, measured_text, millions, span, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def shrink(
             _say_what_there_is(output, listen)
             raise
     figures = outcome.figures if outcome is not None else figures_of(output)
-    model = output / "model"
+    model = output / filenames.RESULT
     if as_json:
         print(to_json(figures | {"path": str(model)}))
         return
@@ -179,7 +180,7 @@ def _say_what_there_is(run_dir: Path, listen: Any) -> None:
     from adapt_pruner.run.folder import RunFolder
 
     newest, state, _ = RunFolder(run_dir).newest(thorough=False)
-    if newest is None or (run_dir / "model").is_dir():  # nothing is kept yet, or the result is there, which was said
+    if newest is None or (run_dir / filenames.RESULT).is_dir():  # nothing is kept yet, or the result is there, which was said
         return
     trained = state["progress"]["tokens"]
     params = (state["history"] or [{"params": state["figures"]["params_before"]}])[-1]["params"]
@@ -233,7 +234,7 @@ def run(
         return
     with world.joined(lost=_end):
         run_dir = output or Path("runs") / world.agreed(f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-        page, model = run_dir / "report.html", run_dir / "model"
+        page, model = run_dir / filenames.PAGE, run_dir / filenames.RESULT
         before = None if _stamp(model) else _stamp(page)  # a finished run keeps its page
         figures = unwrap(pruning.run)(resolved, run_dir, progress=True, **options).figures
     if not world.is_main():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapt_pruner.cli.options import Json, written_to
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -39,15 +40,15 @@ def report(
         check_page(output, folder)
     if png:
         paper.check_png()
-    if (folder / "compare.json").is_file():
-        target = output or folder / "compare.html"
+    if (folder / filenames.COMPARISON).is_file():
+        target = output or folder / filenames.COMPARISON_PAGE
         text, drawings = _of_comparison(folder)
     else:
         from adapt_pruner.report.figures import figures_of
         from adapt_pruner.report.record import read_record
 
         record = read_record(folder)
-        target = output or folder / "report.html"
+        target = output or folder / filenames.PAGE
         text, drawings = page(record), [*pictures(figures_of(record))] if png else []
     place = target.with_name(f"{target.stem}-png")
     if png:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from adapt_pruner.core.system import filenames
+
 if TYPE_CHECKING:
     from adapt_pruner.core.events import Event
     from adapt_pruner.report.screen import Screen
@@ -33,7 +35,7 @@ def watch(
     from adapt_pruner.report.screen import screen
 
     check_is_run(run_dir)
-    tail = _Tail(run_dir / "log.jsonl")
+    tail = _Tail(run_dir / filenames.LOG)
     with screen() as show:
         with show.hushed():
             last, ended = _told(show, tail.read())
@@ -48,9 +50,9 @@ def watch(
             last, ended = _told(show, fresh, last=last, ended=ended)
             if fresh:
                 silence_said = False
-            elif not at_work and (run_dir / "model").is_dir():
+            elif not at_work and (run_dir / filenames.RESULT).is_dir():
                 break  # the log may be gone or cut off
-            elif not at_work and last is None and not (run_dir / "recipe.yaml").exists():
+            elif not at_work and last is None and not (run_dir / filenames.RECIPE).exists():
                 raise RunError(
                     f"no process works in {run_dir} any more: the run ended before its first step; see its message where you "
                     "started it"

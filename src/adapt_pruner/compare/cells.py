@@ -19,10 +19,11 @@ from adapt_pruner.core.events.comparison import CellLine, InCell
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.weight_mask import count_nonzero
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.processes import deferred, module
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.data.tokens import in_other_tokens, text_bytes
-from adapt_pruner.errors import RunError
+from adapt_pruner.errors import RunError, option
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
@@ -111,7 +112,9 @@ def measure(loaded: Loaded, windows: Mapping[str, Sequence[Tensor]], *, dtype: s
     for text, seen in windows.items():
         losses[text] = perplexity(loaded.model, seen, dtype=dtype, on_window=counting(listen, "evaluate")).nll
         if not math.isfinite(losses[text]):
-            raise RunError(f"the loss on {text} is infinite; the model overflows: give --dtype float32, or compare milder sizes")
+            raise RunError(
+                f"the loss on {text} is infinite; the model overflows: give {option('dtype', 'float32')}, or compare milder sizes"
+            )
     return {
         "params": count_parameters(loaded.model),
         "decoder_params": decoder_parameters(loaded.model),
@@ -155,7 +158,7 @@ def measure_beside(
     for text in () if read is windows else windows:
         figures["nll"][text] *= _bytes_a_token(dense, windows[text]) / _bytes_a_token(pruned, read[text])
     slow, fast = forward_speed([dense.model, pruned.model], next(iter(windows.values()))[0], dtype=dtype)
-    made = read_json(path / "pruning.json")
+    made = read_json(path / filenames.PRUNING)
     took = {key: made["figures"][key] for key in ("iterations", "seconds", "peak_bytes", "peak_rss_bytes")}
     chats = chatted(made["figures"])
     answers = {"chat": {"asked": chats[-1].asked, "right": chats[-1].right, "dense": chats[-1].dense}} if len(chats) > 1 else {}

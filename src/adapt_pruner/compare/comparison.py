@@ -35,7 +35,7 @@ from adapt_pruner.core.events import Event, Interrupted, Listener, Load, Warned
 from adapt_pruner.core.events.comparison import CellBegun, CellDone, Reused
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import uses_bfloat16
-from adapt_pruner.core.system import world
+from adapt_pruner.core.system import filenames, world
 from adapt_pruner.core.system.files import check_disk_space, check_place, expanded, is_marked, mark, tidy, why, write_whole
 from adapt_pruner.core.system.locks import locked
 from adapt_pruner.core.system.provenance import made_by, to_install
@@ -44,7 +44,7 @@ from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
 from adapt_pruner.data.sources import SELF, beginning, domains, texts
 from adapt_pruner.data.tokens import calibration_ids, digest_of, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
-from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.evaluate.anatomy import decoder_parameters, expert_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
@@ -95,10 +95,10 @@ def compare(request: Request, out: Path, *, listen: Listener = lambda event: Non
     try:
         out.mkdir(parents=True, exist_ok=True)
         mark(out, _KIND)
-        (out / "cells").mkdir(exist_ok=True)
+        (out / filenames.CELLS).mkdir(exist_ok=True)
         (out / "models").mkdir(exist_ok=True)
         with locked(out / ".lock"):
-            for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / "cells", ".*")):
+            for folder, names in ((out, r"compare\..*"), (out / "models", ".*"), (out / filenames.CELLS, ".*")):
                 tidy(folder, ours=names)  # removes what a killed process left half-written
             try:
                 return comparison.run()
@@ -173,7 +173,7 @@ def _prepared(loaded: Loaded, request: Request, listen: Listener) -> _Prepared:
         *(overlap.sentence for overlap in overlaps({role: each or None for role, each in roles.items()})),
         *(same_tokens(ids, drawn, text, seen) for (ids, drawn), (text, seen) in pairs),
         same_kind(specs, request.texts),
-        *too_long(loaded.model.config, {"--window": request.window}),
+        *too_long(loaded.model.config, {option("window"): request.window}),
     ):
         if sentence:
             listen(Warned(message=sentence))
@@ -285,7 +285,7 @@ class _Comparison:
         write_whole(self._out / "compare.md", markdown(result, picture=picture))
         zeros = table(result["sparse_rows"]) if result["sparse_rows"] else None
         write_page(
-            self._out / "compare.html",
+            self._out / filenames.COMPARISON_PAGE,
             comparison_page(result, *table(result["rows"]), name=self._out.resolve().name, sparse=zeros),
         )
         if not any((self._out / "models").iterdir()):
@@ -306,7 +306,7 @@ class _Comparison:
             figures = {"error": str(error) if isinstance(error, UsageError | RunError) else first_line(error)}
         else:
             figures["cell_seconds"] = time.perf_counter() - began
-            write_whole(self._out / "cells" / f"{name}.json", to_json(figures, indent=1) + "\n")
+            write_whole(self._out / filenames.CELLS / f"{name}.json", to_json(figures, indent=1) + "\n")
         release()
         if not self._keep or "error" in figures:
             shutil.rmtree(path, ignore_errors=True)
@@ -314,7 +314,7 @@ class _Comparison:
 
     def _stored(self, name: str) -> dict[str, Any] | None:
         try:
-            figures: dict[str, Any] = read_json(self._out / "cells" / f"{name}.json")
+            figures: dict[str, Any] = read_json(self._out / filenames.CELLS / f"{name}.json")
         except (OSError, ValueError):
             return None
         return figures
@@ -325,7 +325,7 @@ class _Comparison:
         figures = self._stored(name)
         if figures is None:
             figures = measure(self._dense(), self._work.windows, dtype=self._request.dtype, listen=self._listen)
-            write_whole(self._out / "cells" / f"{name}.json", to_json(figures, indent=1) + "\n")
+            write_whole(self._out / filenames.CELLS / f"{name}.json", to_json(figures, indent=1) + "\n")
             release()
         return figures
 
@@ -375,7 +375,7 @@ class _Comparison:
         }  # fmt: skip
 
     def _write(self, result: Mapping[str, Any]) -> None:
-        write_whole(self._out / "compare.json", to_json(dict(result), indent=1) + "\n")
+        write_whole(self._out / filenames.COMPARISON, to_json(dict(result), indent=1) + "\n")
 
     def _relay(self, event: Event) -> None:
         """Pass on what the process of a cell says; a warning already heard from another cell is not repeated."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option
 from adapt_pruner.recipe import check_precision
 
 WINDOW = 512
@@ -38,8 +38,8 @@ class Measures:
     limit: int | None = None
     task_dir: Path | None = None
     cache_dir: Path | None = None
-    device: str = "auto"
-    dtype: str = "auto"
+    device: str
+    dtype: str
     trust_remote_code: bool = False
 
     def check(self) -> None:
@@ -50,13 +50,14 @@ class Measures:
         """
         if self.text is None and self.tasks is None and self.chat is None:
             raise UsageError(
-                "nothing to measure; give --text for perplexity, --chat for answers, --tasks for scores, or several of them"
+                f"nothing to measure; give {option('text')} for perplexity, {option('chat')} for answers, {option('tasks')} for scores, or "
+                "several of them"
             )
         check_precision(self.dtype)
         for subject, options, what in (
-            (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), "tasks; name them with --tasks"),
-            (self.text, ("window", "max_windows"), "a text; name it with --text"),
+            (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), f"tasks; name them with {option('tasks')}"),
+            (self.text, ("window", "max_windows"), f"a text; name it with {option('text')}"),
         ):
             idle = [name for name in options if subject is None and getattr(self, name) is not None]
             if idle:
-                raise UsageError(f"--{idle[0].replace('_', '-')} applies only to {what}")
+                raise UsageError(f"{option(idle[0])} applies only to {what}")

@@ -14,6 +14,7 @@ from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
+from adapt_pruner.errors import option
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.chat import chat_answers
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -70,7 +71,7 @@ def measured(
         if how.text is not None:
             window = WINDOW if how.window is None else how.window
             windows = held_out_windows(tokenizer, source=how.text, window=window, max_windows=how.max_windows)
-            for sentence in too_long(model.config, {"--window": window}):
+            for sentence in too_long(model.config, {option("window"): window}):
                 listen(Warned(message=f"{loaded.source}: {sentence}"))
             num_bytes = text_bytes(tokenizer, windows)
             on_window = counting(listen, "evaluate")

@@ -10,13 +10,13 @@ from typing import Any
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.system.strict_json import to_json
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option
 from adapt_pruner.recipe import ALIASES, Recipe, read
 from adapt_pruner.recipe.overrides import keys_of, refuse_set_twice
 
 _KEYS = {
-    "model": "MODEL", "budget": "--params", "sparsity": "--sparsity", "method": "--methods", "seed": "--draws", "calibration.ids": "--calibration-ids",
-    "device": "--device", "dtype": "--dtype",
+    "budget": "params", "sparsity": "sparsity", "method": "methods", "seed": "draws", "calibration.ids": "calibration_ids",
+    "device": "device", "dtype": "dtype",
 }  # fmt: skip
 _DRAWS = 3
 _ANY_SIZE = 10**18  # larger than any number of parameters
@@ -81,19 +81,23 @@ class Request:
             UsageError: a method, size or key is unknown or missing, or one option has no effect because of another.
         """
         if self.calibration_ids and self.draws is not None:
-            raise UsageError(f"each file of --calibration-ids is a draw, so --draws {self.draws} would be ignored; leave one out")
+            raise UsageError(
+                f"each file of {option('calibration_ids')} is a draw, so {option('draws', self.draws)} would be ignored; leave one out"
+            )
         if not self.params and not self.sparsity:
             raise UsageError(
-                "compare needs sizes to compare at; add --params 80%,60%, or --sparsity 50%,2:4 for methods that make zeros"
+                f"compare needs sizes to compare at; add {option('params', '80%,60%')}, or {option('sparsity', '50%,2:4')} for methods that "
+                "make zeros"
             )
-        for words, option in ((self.methods, "--methods"), (self.params or self.sparsity, "--params"), (self.texts, "--text")):
+        for words, name in ((self.methods, "methods"), (self.params or self.sparsity, "params"), (self.texts, "text")):
             if not any(map(str.strip, words)):
-                raise UsageError(f"{option} is empty; give at least one")
+                raise UsageError(f"{option(name)} is empty; give at least one")
         for size in filter(None, self.params):
             Budget.parse(size, dense=_ANY_SIZE, decoder=_ANY_SIZE, outside=0, experts=_ANY_SIZE)
         patterns = tuple(str(Pattern.parse(written)) for written in self.sparsity)
-        for key in sorted(keys_of(self.overrides) & _KEYS.keys()):
-            raise UsageError(f"--set {key} cannot be used here, since compare sets {key} for each cell; use {_KEYS[key]}")
+        for key in sorted(keys_of(self.overrides) & {"model", *_KEYS}):
+            instead = option(_KEYS[key]) if key in _KEYS else "MODEL"
+            raise UsageError(f"{option('settings')} cannot set {key}, since compare sets {key} for each cell; use {instead}")
         refuse_set_twice(self._calibration, self.overrides)
         request = replace(
             self, methods=_once(tuple(ALIASES.get(name, name) for name in self.methods)), params=_once(self.params), texts=_once(self.texts),
@@ -101,20 +105,20 @@ class Request:
         )  # fmt: skip
         zeros = [method for method, recipe in request.recipes.items() if recipe.makes_zeros]
         units = [method for method in request.methods if method not in zeros]
-        kinds = ((units, request.params, "--params", "80%"), (zeros, request.sparsity, "--sparsity", "50%,2:4"))
-        for methods, sizes, option, example in kinds:
+        kinds = ((units, request.params, "params", "80%"), (zeros, request.sparsity, "sparsity", "50%,2:4"))
+        for methods, sizes, name, example in kinds:
             if methods and not sizes:
                 need = f"{', '.join(methods)} need{'s' * (len(methods) == 1)}"
-                raise UsageError(f"{need} {option}; add it, for example {option} {example}")
-        for methods, sizes, option, _ in kinds:
+                raise UsageError(f"{need} {option(name)}; add it, for example {option(name, example)}")
+        for methods, sizes, name, _ in kinds:
             if sizes and not methods:
-                raise UsageError(f"no method takes {option} {','.join(sizes)}; leave it out, or name a method that does")
+                raise UsageError(f"no method takes {option(name, ','.join(sizes))}; leave it out, or name a method that does")
         for method, recipe in request.recipes.items():
             if recipe.makes_zeros and recipe.solver is None:
                 raise UsageError(f"compare prunes and does not train, and {method} learns its zeros in training; leave it out")
             if recipe.latency:
                 raise UsageError(
-                    f"compare prunes to the sizes of --params, and the recipe of {method} sets a latency; leave latency out"
+                    f"compare prunes to the sizes of {option('params')}, and the recipe of {method} sets a latency; leave latency out"
                 )
             if recipe.training.tokens:
                 raise UsageError(f"compare prunes and does not train, and the recipe of {method} trains; leave its training out")

@@ -145,7 +145,7 @@ def _heard(answer: dict[str, Any]) -> dict[str, Any]:
 def _opened(how: dict[str, Any]) -> Iterator[_Worker]:
     silent = (
         f"the process with {how['model']} ended with status {{status}} and without a message; there may be too "
-        "little memory for two models, or for so large a --batch"
+        "little memory for two models, or for so large a batch"
     )
     with talking(module("adapt_pruner.compare.worker", json.dumps(how)), silent=silent) as child:
         yield _Worker(child)

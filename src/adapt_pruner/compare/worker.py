@@ -77,7 +77,7 @@ def llama_cpp_runner(how: dict[str, Any]) -> tuple[Runner, dict[str, Any]]:
     context = module.llama_init_from_model(model, room)
     if not context:
         raise RunError(
-            f"llama.cpp has no room for {most:,} tokens ({'; '.join(messages[-2:])}); ask for less with --batch or --prompt"
+            f"llama.cpp has no room for {most:,} tokens ({'; '.join(messages[-2:])}); ask for fewer texts or a shorter prompt"
         )
     vocabulary = module.llama_vocab_n_tokens(module.llama_model_get_vocab(model))
     batch = module.llama_batch_init(most, 0, 1)

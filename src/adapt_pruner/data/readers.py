@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from adapt_pruner.core.system.files import MARK, expanded, is_card, read_plain
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.files import expanded, is_card, read_plain
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
@@ -229,7 +230,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder is a run, a comparison, a model or an export of ours, whose logs and cards are no text of the user."""
-    return any((folder / name).exists() for name in (MARK, "pruning.json")) or is_card(folder / "README.md")
+    return any((folder / name).exists() for name in (filenames.MARK, filenames.PRUNING)) or is_card(folder / filenames.CARD)
 
 
 def _file(path: Path) -> Iterator[Row]:

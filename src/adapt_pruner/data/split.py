@@ -8,7 +8,7 @@ from typing import Any
 
 from adapt_pruner.data.chat import encode_chats
 from adapt_pruner.data.sources import SELF, Document, domains, parts_of, read
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option
 
 _ENDLESS = 10**12  # characters of a data set that is streamed
 _PLENTY = 500_000  # characters of a held-out part; more are not counted
@@ -59,10 +59,10 @@ def specs_of(spec: str) -> tuple[str, str]:
     """
     domains(spec)  # refuses an empty name
     if spec == SELF:
-        raise UsageError("--text self would train the model on its own text; name a file, a folder or a data set")
+        raise UsageError(f"{option('text', 'self')} would train the model on its own text; name a file, a folder or a data set")
     if spec.endswith(("#heldout", ":heldout")):
         raise UsageError(
-            f"--text {spec} is a held-out part, which nothing may train on; name the whole text, of which shrink holds out a part itself"
+            f"{option('text', spec)} is a held-out part, which nothing may train on; name the whole text, of which shrink holds out a part itself"
         )
     return parts_of(spec)
 

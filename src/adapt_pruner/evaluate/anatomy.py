@@ -58,9 +58,9 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         dense_params: parameters of the dense model, if known.
 
     Returns:
-        `params`, `active_params` (those that one token goes through), `decoder_params`, `share_of_dense` (None if not known) and `layers`, one dict per layer with `layer` (its number
-        now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`, `neurons`, `experts`, `params`, `nonzero`,
-        `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
+        `params`, `active_params` (those that one token goes through), `decoder_params`, `share_of_dense` (None if not known) and
+        `layers`, one dict per layer with `layer` (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`,
+        `neurons`, `experts`, `expert_neurons` (of each), `params`, `nonzero`, `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
         attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was.
     """
     axes = families.declared(model)
@@ -69,14 +69,14 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
     stayed = (mask.layers_left if mask is not None else None) or list(range(depth.size))
     layers = []
     for i in range(depth.size):
-        sizes = {field: axis.entries * units for axis in axes if axis.layer == i for field, units in axis.fields}
+        sizes = {axis.kind: axis.entries for axis in axes if axis.layer == i}
         params = count_parameters(stack[i])
-        heads, kv_heads, neurons = (
-            sizes.get(field, 0) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        )
+        kv_heads, neurons = sizes.get("kv_heads", 0), sizes.get("neurons", 0)
+        heads = sizes.get("query_heads", kv_heads)  # where all heads have keys of their own, there is no axis of query heads
+        experts, expert_neurons = _experts(model, [axis for axis in axes if axis.layer == i and axis.per_token])
         layers.append({
             "layer": i, "dense_layer": stayed[i], "heads": heads, "kv_heads": kv_heads, "neurons": neurons,
-            "experts": sum(axis.entries for axis in axes if axis.layer == i and axis.per_token), "params": params,
+            "experts": experts, "expert_neurons": expert_neurons, "params": params,
             "nonzero": count_nonzero(stack[i]),
             "share_of_dense": None
             if mask is None or families.is_sliced(model.config) or not (heads and neurons)
@@ -91,6 +91,15 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         "share_of_dense": dense_params and params / dense_params,
         "layers": layers,
     }
+
+
+def _experts(model: nn.Module, axes: Sequence[Axis]) -> tuple[int, int]:
+    """The number of experts of a layer and the neurons of each, from its axes of experts; zeros if it has none."""
+    for axis in axes:
+        tensors = [model.get_parameter(piece.parameter) for piece in axis.slices]
+        read = model.get_parameter(f"{axis.gate.module}.weight").shape[-1]  # by the router
+        return axis.entries, min(tensor[0].numel() for tensor in tensors if tensor.ndim == 3) // read
+    return 0, 0
 
 
 def _dense_parameters(layer: nn.Module, prefix: str, axes: Sequence[Axis], mask: Mask, dense_layer: int) -> int:

@@ -10,7 +10,7 @@ from transformers import LogitsProcessorList, TextStreamer
 
 from adapt_pruner.core.model.precision import precision, refuse_nonfinite
 from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
-from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory
+from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, option
 
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
 """The prompts of a run for a chat model, unless its recipe has others."""
@@ -60,7 +60,8 @@ def check_asked(prompt: str | None, *, temperature: float = 0.0, seed: int | Non
         raise UsageError("the prompt is empty; write a question or an instruction, in quotes")
     if seed is not None and not temperature:
         raise UsageError(
-            f"--seed {seed} has no effect at temperature 0, which draws nothing; add --temperature 0.7, or leave --seed out"
+            f"{option('seed', seed)} has no effect at temperature 0, which draws nothing; add {option('temperature', 0.7)}, or leave "
+            f"{option('seed')} out"
         )
 
 
@@ -106,7 +107,9 @@ def answer(
         try:
             text = rendered(tokenizer, messages, add_generation_prompt=True).text
         except ChatTemplateError as error:
-            remedy = "leave --system out" if system else "correct the template in chat_template.jinja or tokenizer_config.json"
+            remedy = "correct the template in chat_template.jinja or tokenizer_config.json"
+            if system:
+                remedy = f"leave {option('system')} out"
             raise UsageError(f"the prompt does not fit the model's chat template ({error}); {remedy}") from error
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
     else:
@@ -119,7 +122,7 @@ def answer(
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UsageError(
             f"the prompt of {ids.shape[1]:,} tokens and {max_new_tokens:,} new ones are more than the {limit:,} tokens that the "
-            "model reads; shorten it, or lower --max-new-tokens"
+            f"model reads; shorten it, or lower {option('max_new_tokens')}"
         )
     ids = ids.to(model.device)
     ends = model.generation_config.eos_token_id

@@ -93,13 +93,25 @@ def chat_answers(
         return {"answers": answers, "seconds": time.perf_counter() - began}
 
     (answers, seconds), cached = remembered(path, read, make)
+    return judged(tokenizer, answers, ends=ends, saved=seconds if cached else 0.0)
+
+
+def judged(tokenizer: Any, answers: Sequence[Sequence[int]], *, ends: Sequence[int], saved: float = 0.0) -> Answers:
+    """What the rules say of the answers to the first prompts that are measured.
+
+    Args:
+        tokenizer: of the model that wrote them.
+        answers: token ids of each, with the end if it has one.
+        ends: the tokens that end an answer.
+        saved: seconds that the cache saved.
+    """
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
     return Answers(
-        len(prompts),
-        tuple(at for at, (prompt, text) in enumerate(zip(prompts, texts, strict=True)) if is_right(prompt, text)),
+        len(answers),
+        tuple(at for at, (prompt, text) in enumerate(zip(measured_prompts(), texts, strict=False)) if is_right(prompt, text)),
         sum(bool(ids) and ids[-1] in ends for ids in answers),
         sum(map(loops, answers)),
-        seconds if cached else 0.0,
+        saved,
     )
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from adapt_pruner.core.system.files import check_regular, expanded
 from adapt_pruner.core.system.provenance import to_install
-from adapt_pruner.errors import UsageError, first_line
+from adapt_pruner.errors import UsageError, first_line, option
 from adapt_pruner.evaluate import packaged_tasks
 
 SUITES: Mapping[str, tuple[str, ...]] = {
@@ -198,7 +198,7 @@ class _Index:
         if not self._trusted:
             raise UsageError(
                 f"task folder {name!r} is foreign code, since its files can make lm-eval run Python; read them, and pass "
-                "--trust-remote-code if you trust them"
+                f"{option('trust_remote_code', True)} if you trust them"
             )
         for file in folder.glob("**/*.yaml"):
             check_regular(file)
@@ -215,7 +215,7 @@ class _Index:
             if task in self._entries and (self._entries[task].cfg or {}).get("unsafe_code"):
                 raise UsageError(
                     f"task {task!r} runs code that its data or a model wrote, so lm-eval marks it as unsafe; pass "
-                    "--trust-remote-code if you trust it"
+                    f"{option('trust_remote_code', True)} if you trust it"
                 )
 
     def find(self, name: str) -> list[Wanted]:
@@ -292,7 +292,7 @@ class _Index:
                 ) from error
             raise UsageError(
                 f"the data of task {name!r} is not available ({first_line(error)}): connect to the hub once, name a folder of "
-                f"lm-eval YAML files with --task-dir (evaluation.task_dir of a recipe), or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
+                f"lm-eval YAML files with {option('task_dir')} (evaluation.task_dir of a recipe), or, for {' and '.join(SUITES)}, {packaged_tasks.REMEDY}"
             ) from error
         tasks = dict(loaded["tasks"])
         if not tasks:

@@ -1,5 +1,6 @@
 """How well a model does on tasks: lm-eval's questions and metrics. Each task is scored once and the score is kept."""
 
+import copy
 import hashlib
 import inspect
 import itertools
@@ -13,6 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,8 +22,7 @@ import torch
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.system.files import cache_folder, why, write_whole
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.evaluate.harness import harness_model
+from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.evaluate.task_sources import Wanted, as_lm_eval_does, lm_eval
 
 _FORMAT = 2  # version of the kept scores and of how they are computed
@@ -29,6 +30,8 @@ _BOOTSTRAP = 1000  # draws for the standard error of a metric that is not a mean
 _ACCURACIES = ("acc_norm", "acc")
 _PASSING = ("_name_or_path", "_from_model_config", "transformers_version")  # settings of a config that do not describe the model
 _ELSEWHERE = ("dataset_path", "dataset_name", "dataset_kwargs", "metadata", "training_split", "validation_split", "test_split")
+_CPU_LOGITS, _DEVICE_LOGITS = 2**17, 2**20  # sequences in a pass × tokens of the vocabulary; on a CPU more only takes memory
+_MOST_SEQUENCES = 32
 _FEWSHOT_SEED = 1234  # the seed of lm-eval's own command
 
 
@@ -195,7 +198,7 @@ def _blamed_on(name: str, task: Any) -> Iterator[None]:
         shots = task.get_config("num_fewshot") or 0
         raise UsageError(
             f"task {name!r} cannot be scored {shots}-shot ({first_line(error)}); correct its definition or its items"
-            + (", or ask for fewer examples with --num-fewshot" if shots else "")
+            + (f", or ask for fewer examples with {option('num_fewshot')}" if shots else "")
         ) from error
 
 
@@ -365,6 +368,57 @@ def _said_of(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder: --cache-dir of eval, "
+            f"scores cannot be stored in {folder} ({why(error)}); make room there or name another folder: {option('cache_dir')} of eval, "
             "or ADAPT_PRUNER_CACHE=DIR"
         ) from error
+
+
+def harness_model(
+    model: Any,
+    tokenizer: Any,
+    *,
+    dtype: str = "float32",
+    on_answer: Callable[[Any], None] | None = None,
+    on_cut: Callable[[int, int, int], None] | None = None,
+) -> Any:
+    """A model as lm-eval's `HFLM`.
+
+    Like lm-eval, it begins texts as the tokenizer does by itself (Gemma's puts <bos> first, SmolLM2's nothing).
+    `data.tokens.opening` uses the same rule for perplexity.
+
+    Args:
+        model: causal LM, in eval mode.
+        tokenizer: a transformers tokenizer; left as found.
+        dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
+        on_answer: called with each likelihood or text as it comes.
+        on_cut: called with (requests, of, tokens) if `requests` requests are cut off on the left to the `tokens` that the model
+            reads.
+
+    Its likelihoods raise UsageError if a continuation is longer than the model can read.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Harness(HFLM):  # type: ignore[misc]
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+            lengths = [(len(context), len(continuation)) for _, context, continuation in requests]
+            if (longest := max((continuation for _, continuation in lengths), default=0)) > self.max_length:
+                raise UsageError(
+                    f"a continuation of {longest:,} tokens is longer than the {self.max_length:,} that the model reads"
+                )
+            cut = sum(context + continuation > self.max_length + 1 for context, continuation in lengths)
+            if cut and on_cut is not None:
+                on_cut(cut, len(lengths), self.max_length)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+    device = next(model.parameters()).device
+    logits = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
+    harness = Harness(
+        pretrained=model,
+        tokenizer=copy.deepcopy(tokenizer),  # lm-eval adds a padding token if it is missing
+        batch_size=max(1, min(_MOST_SEQUENCES, logits // model.get_output_embeddings().weight.shape[0])),
+        mixed_precision_dtype="bfloat16" if uses_bfloat16(device, dtype) else None,
+        softmax_dtype="float32",
+    )
+    if on_answer is not None:
+        harness.set_cache_hook(SimpleNamespace(add_partial=lambda kind, request, answer: on_answer(answer)))
+    return harness

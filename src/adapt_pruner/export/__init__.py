@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.errors import UsageError, nearest, option
 
 if TYPE_CHECKING:  # an unknown form is reported before torch is loaded
     from adapt_pruner.checkpoint.load import Loaded
@@ -99,10 +99,12 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
         raise UsageError(f"form {to!r} is not known; {nearest(to, every_form)}")
     lacking = sorted({"write", "loading", "holds", "opened"} - _names(to))
     assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
-    for option, value, names, what in (("--quant", quant, "QUANTS", "number format"), ("--pad", pad, "PADS", "widths")):
+    for name, value, names, what in (("quant", quant, "QUANTS", "number format"), ("pad", pad, "PADS", "widths")):
         if value is not None and names not in _names(to):
-            able = " and ".join(f"--to {form}" for form in every_form if names in _names(form))
-            raise UsageError(f"{option} {value} works only with {able}; the form {to} sets its {what} itself, so leave it out")
+            able = " and ".join(option("to", form) for form in every_form if names in _names(form))
+            raise UsageError(
+                f"{option(name, value)} works only with {able}; the form {to} sets its {what} itself, so leave it out"
+            )
 
 
 def _files() -> Iterator[Path]:

@@ -20,8 +20,9 @@ from typing import Any
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.model import modeling_pruned
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import read_json, to_json
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.export.padding import LayerSizes, accepted, check_layers, layer_sizes, padded_weights, still_fitting, widest
 from adapt_pruner.export.plain import holds, opened
 from adapt_pruner.export.plain import loading_padded as loading
@@ -49,7 +50,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
 
     def as_decilm(folder: Path) -> None:
         """Turn, in place, the written config into one of DeciLM."""
-        config: dict[str, Any] = read_json(folder / "config.json")
+        config: dict[str, Any] = read_json(folder / filenames.CONFIG)
         for key in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "layer_types", "sliding_window"):
             config.pop(key, None)
         config |= {
@@ -61,7 +62,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
             },
             "num_attention_heads": sizes[0].heads, "num_key_value_heads": most.kv_heads, "intermediate_size": most.neurons,
         }  # fmt: skip
-        (folder / "config.json").write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
+        (folder / filenames.CONFIG).write_text(to_json(config, indent=2) + "\n", encoding="utf-8")
         for name in ("configuration_decilm.py", "modeling_decilm.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
         shutil.copyfile(str(modeling_pruned.__file__), folder / "modeling_pruned.py")
@@ -74,8 +75,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         return notes
     return [
         *notes,
-        f"MLPs are zero-padded by {grown:,} neurons to multiples of {DECILM_MULTIPLE}, which the form rounds to; prune with --set "
-        f"multiple_of={DECILM_MULTIPLE} to avoid that",
+        f"MLPs are zero-padded by {grown:,} neurons to multiples of {DECILM_MULTIPLE}, which the form rounds to; prune with "
+        f"{settings({'multiple_of': DECILM_MULTIPLE})} to avoid that",
     ]
 
 
@@ -96,18 +97,18 @@ def _refuse_unheld(model: Any, sizes: list[LayerSizes]) -> None:
     sliding = kind == "mistral" and config.sliding_window is not None
     if kind not in ("llama", "mistral") or sliding:
         raise UsageError(
-            f"DeciLM is a Llama, and this model is of type {kind!r}{' with a sliding window' if sliding else ''}; use --to padded, gguf or onnx"
+            f"DeciLM is a Llama, and this model is of type {kind!r}{' with a sliding window' if sliding else ''}; use the form padded, gguf or onnx"
         )
     if any(getattr(config, key, False) for key in ("attention_bias", "mlp_bias", "output_bias")):
-        raise UsageError("DeciLM has no biases, and this model has some; use --to gguf")
+        raise UsageError("DeciLM has no biases, and this model has some; use the form gguf")
     heads = sorted({size.heads for size in sizes})
     if len(heads) > 1:
         raise UsageError(
             f"DeciLM has one number of query heads for all layers, and those of this model have between {heads[0]} and "
-            f"{heads[-1]}; prune with --set axes=[neurons] or --set equal_widths=true, or use --to padded or gguf"
+            f"{heads[-1]}; prune with {settings({'axes': '[neurons]'})} or {settings({'equal_widths': True})}, or use the form padded or gguf"
         )
     if not accepted(model, sizes[0]):
         raise UsageError(
             f"DeciLM's config wants the number of query heads, {heads[0]}, to divide the width, {model.config.hidden_size}; use "
-            "--to padded or gguf"
+            "the form padded or gguf"
         )

@@ -33,7 +33,7 @@ from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_whole
 from adapt_pruner.core.system.provenance import to_install
-from adapt_pruner.errors import RunError, UsageError, first_line, nearest
+from adapt_pruner.errors import RunError, UsageError, first_line, nearest, settings
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
@@ -209,7 +209,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     if config.model_type not in GGUF_TYPES:
         raise UsageError(f"models of type {config.model_type!r} have no GGUF form here; known: {', '.join(GGUF_TYPES)}")
     if (trouble := not_computed(config.to_dict(), config.model_type)) is not None:
-        raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use --to padded, or try --to onnx")
+        raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use the form padded, or try onnx")
     notes = []
     sizes = layer_sizes(model)
     sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
@@ -218,7 +218,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if extra_biases and arch not in ("llama", "qwen2"):
         raise UsageError(
-            f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it --to onnx, or prune with --set repair=null"
+            f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it to onnx, or prune with {settings({'repair': None})}"
         )
     # llama.cpp's qwen2 has queries as wide as the stream, and no rope of Llama 3.
     llama3 = any(rope.get("rope_type") == "llama3" for rope in ropes_of(config.rope_parameters))

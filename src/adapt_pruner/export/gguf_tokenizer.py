@@ -50,9 +50,9 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
     data: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
     if model["type"] != "BPE":
-        raise UsageError(f"the tokenizer is of type {model['type']}, and GGUF export knows BPE; use --to padded or onnx")
+        raise UsageError(f"the tokenizer is of type {model['type']}, and GGUF export knows BPE; use the form padded or onnx")
     if not model["merges"]:
-        raise UsageError("the tokenizer has no merges, and llama.cpp needs them; use --to padded or onnx")
+        raise UsageError("the tokenizer has no merges, and llama.cpp needs them; use the form padded or onnx")
     notes = []
     byte_level = "ByteLevel" in _steps(data["pre_tokenizer"])
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")

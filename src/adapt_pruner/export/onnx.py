@@ -22,7 +22,7 @@ from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
 from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.core.system.provenance import to_install
-from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of
 
@@ -64,7 +64,9 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     model = loaded.model
     ropes = ropes_of(getattr(model.config, "rope_parameters", None) or {})
     if any(rope.get("rope_type") == "dynamic" for rope in ropes):
-        raise UsageError("a graph is the same for texts of all lengths, and this model's rope 'dynamic' is not; use --to padded")
+        raise UsageError(
+            "a graph is the same for texts of all lengths, and this model's rope 'dynamic' is not; use the form padded"
+        )
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
@@ -142,7 +144,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
         except Exception as error:  # the tokenizers library raises plain ones
             raise UsageError(
                 f"the tokenizer beside {path} cannot be read ({first_line(error)}); if it brings its own Python code, pass "
-                "--trust-remote-code"
+                f"{option('trust_remote_code', True)}"
             ) from error
 
     encode = None if tokenizer is None else lambda text: tokenizer(text, verbose=False)["input_ids"]

@@ -40,7 +40,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     stock = stock_model(
         loaded.model,
         min(grown, key=lambda size: (not accepted(loaded.model, size), size.heads, size.kv_heads)),
-        instead="--to gguf or onnx",
+        instead="the form gguf or onnx",
     )
     mask, notes = still_fitting(loaded.weight_mask, stock.state_dict())
     save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=mask)

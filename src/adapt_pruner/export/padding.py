@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from adapt_pruner import families
+from adapt_pruner.core.model.kinds import LABELS, USUAL
 from adapt_pruner.core.model.weight_mask import WeightMask
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, settings
 
 _NO_MASK = (
     "padding changes the shape of layers that have zeros, so this folder has no mask over weights, and training would fill the zeros; "
@@ -37,11 +38,21 @@ class LayerSizes:
 
 
 def layer_sizes(model: Any) -> list[LayerSizes]:
-    """The sizes of each layer, read from the weights."""
+    """The sizes of each layer, read from the weights.
+
+    Raises:
+        UsageError: layers have no heads or no neurons whose number may change.
+    """
     by_layer: dict[int, dict[str, int]] = {}
     for axis in families.axes(model):
         if axis.layer is not None:
             by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    for kind in (*USUAL, "query_heads"):
+        if any(kind not in sizes for sizes in by_layer.values()):
+            raise UsageError(
+                f"this export sets the number of {LABELS[kind]} of each layer, which this model does not let change; use the checkpoint as "
+                "it is, or export it --to onnx"
+            )
     return [LayerSizes(sizes["kv_heads"], sizes["query_heads"], sizes["neurons"]) for _, sizes in sorted(by_layer.items())]
 
 
@@ -61,17 +72,17 @@ def check_layers(config: Any, form: str) -> None:
     if families.is_sliced(config):
         raise UsageError(
             f"the model is sliced (reduce: slice), and {form} has no place for the maps beside its layers; "
-            "export it --to onnx, or prune heads and neurons instead"
+            "export it to onnx, or prune heads and neurons instead"
         )
     if getattr(config, "block_sums", 0):
         raise UsageError(
-            f"the model has SLoRB matrices beside its zeros, and {form} has no place for them; export it --to onnx, or train with slorb=0"
+            f"the model has SLoRB matrices beside its zeros, and {form} has no place for them; export it to onnx, or train with slorb=0"
         )
     lacking = [i for i, layer in enumerate(config.per_layer_config) if getattr(layer, "skip", ())]
     if lacking:
         raise UsageError(
             f"layer {lacking[0]} has no {' and no '.join(config.per_layer_config[lacking[0]].skip)}, which this export to "
-            f"{form} does not support yet; export it --to onnx, or prune heads and neurons instead"
+            f"{form} does not support yet; export it to onnx, or prune heads and neurons instead"
         )
 
 
@@ -86,15 +97,20 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
     """The model's state with each layer widened to `sizes`; a tensor that is wide enough is the model's own.
 
     Raises:
-        UsageError: several projections of the model share one matrix.
+        UsageError: several projections of the model share one matrix, or its MLPs have no gate.
         ValueError: a size is below the layer's own.
     """
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
         raise UsageError(
             "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not support yet; use the "
-            "checkpoint as it is, or export it --to onnx"
+            "checkpoint as it is, or export it to onnx"
         )
     state: dict[str, Tensor] = dict(model.state_dict())
+    if "model.layers.0.mlp.gate_proj.weight" not in state:
+        raise UsageError(
+            "this export widens the gate_proj of MLPs, which those of this model do not have; use the checkpoint as it is, or export it "
+            "--to onnx"
+        )
     head_dim = model.model.layers[0].self_attn.head_dim
     for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):
         if new.kv_heads < now.kv_heads or new.query_heads < now.query_heads or new.neurons < now.neurons:
@@ -151,7 +167,7 @@ def stock_model(model: Any, size: LayerSizes, *, instead: str) -> Any:
     if surplus := sorted(state.keys() - expected.keys()):
         raise UsageError(
             f"{type(stock).__name__} has no place for {surplus[0]}, which a repair added; use the checkpoint as it is, export "
-            "it --to onnx, or prune with --set repair=null"
+            f"it to onnx, or prune with {settings({'repair': None})}"
         )
     for name in expected.keys() - state.keys():
         assert name.endswith(".bias"), name

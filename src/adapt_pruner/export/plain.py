@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.untrusted import check_files, check_weights, code_in
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.processes import talking
 from adapt_pruner.core.system.strict_json import read_json
-from adapt_pruner.errors import RunError, UsageError, first_line
+from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import in_transformers, in_vllm, not_in_mlx
 
 
 def holds(artefact: Path) -> bool:
     """Whether it has a config.json. Folders of other forms may have one too, so those forms are asked first."""
-    return (artefact / "config.json").is_file()
+    return (artefact / filenames.CONFIG).is_file()
 
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
@@ -51,7 +52,7 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
 
     check_files(artefact)
     try:
-        config = read_json(artefact / "config.json")
+        config = read_json(artefact / filenames.CONFIG)
         if isinstance(config, dict):  # what transformers reads, which may lie in another file that this one names
             config, _ = transformers.PreTrainedConfig.get_config_dict(artefact)
     except (OSError, ValueError) as error:
@@ -59,10 +60,10 @@ def opened(artefact: Path, *, context: int, trust_remote_code: bool) -> Iterator
     if not isinstance(config, dict):
         raise UsageError(f"{artefact / 'config.json'} is not the config of a model; get the folder again")
     if config.get("auto_map") and not trust_remote_code:
-        raise UsageError(f"{artefact} brings Python code to load it; pass --trust-remote-code to run it")
+        raise UsageError(f"{artefact} brings Python code to load it; pass {option('trust_remote_code', True)} to run it")
     if (named := code_in(config)) and not trust_remote_code:
         raise UsageError(
-            f"{artefact / 'config.json'} names code of the hub ({named[0]}); pass --trust-remote-code to fetch and run it"
+            f"{artefact / 'config.json'} names code of the hub ({named[0]}); pass {option('trust_remote_code', True)} to fetch and run it"
         )
     check_weights(str(artefact), config.get("transformers_weights"), str(artefact))
     command = [sys.executable, "-P", str(Path(__file__).with_name("stranger.py")), str(artefact), str(torch.get_num_threads())]

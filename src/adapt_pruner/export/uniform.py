@@ -5,7 +5,7 @@ from pathlib import Path
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.save import check_target, save
 from adapt_pruner.core.model.kinds import LABELS, USUAL
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.export.padding import check_layers, layer_sizes, stock_model
 from adapt_pruner.export.plain import holds, loading, opened
 
@@ -29,8 +29,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         if min(of_layers) != max(of_layers):
             raise UsageError(
                 f"layers have between {min(of_layers):,} and {max(of_layers):,} {LABELS[kind]}, and a stock class has one number for all; "
-                "prune with --set equal_widths=true, or use --to padded or onnx"
+                f"prune with {settings({'equal_widths': True})}, or use the form padded or onnx"
             )
-    stock = stock_model(loaded.model, sizes[0], instead="--to padded or gguf")
+    stock = stock_model(loaded.model, sizes[0], instead="the form padded or gguf")
     save(stock, loaded.tokenizer, path, dtype=loaded.dtype, weight_mask=loaded.weight_mask)
     return []

@@ -86,7 +86,7 @@ def why_unknown(config: Any) -> str:
     refused = admission.verdict_of(config).refused
     why = (
         "; ".join(reason if axis == "all" else f"{axis}: {reason}" for axis, reason in refused.items())
-        or "its modules have other names than those of a Llama"
+        or "its modules have other names than those of a Llama, GPT-2 or GPT-NeoX"
     )
     return (
         f"nothing of a model of type {kind!r} may be removed, as a tiny model of its class shows ({why}); a family file can speak for it: "

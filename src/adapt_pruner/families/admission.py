@@ -51,7 +51,7 @@ _SIZES = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "first_k_dense_replace": 1, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97,
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 24, "mamba_expand": 2, "conv_L_cache": 3, "max_window_layers": 2,
-    "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
+    "ffn_hidden_size": 96, "ffn_dim": 40, "word_embed_proj_dim": 48, "rotary_dim": 8, "num_hash_layers": 0, "moe_layer_start_index": 1, "moe_intermediate_size_mlp": 24, "intermediate_size_mlp": 40,
 }  # fmt: skip
 """Fields of configs -> what they are in the tiny model; each only if the config has it and it is not 0."""
 _VERDICTS: dict[str, "Verdict"] = {}  # of this process, by fingerprint
@@ -100,11 +100,12 @@ def shrunk(config: Any) -> Any:
         config: of a causal LM of transformers, or of a model of several parts, of which this takes the text part; left as it is.
     """
     config = config.get_text_config(decoder=True)
-    raw = json.loads(config.to_json_string(use_diff=False))
-    raw = {key: value for key, value in raw.items() if key not in _OF_ONE_FOLDER}
+    raw = {key: value for key, value in config.to_dict().items() if key not in _OF_ONE_FOLDER}
     depth = _depth(raw)
     named = {config.attribute_map.get(key, key): value for key, value in (_SIZES | {"num_hidden_layers": depth}).items()}
     tiny = {**raw, **{key: value for key, value in named.items() if raw.get(key)}}
+    if raw.get("kv_lora_rank") and raw.get("num_key_value_heads"):
+        tiny["num_key_value_heads"] = tiny["num_attention_heads"]  # all heads share one vector, so that none has fewer keys
     for key, value in raw.items():
         if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and "layer" in key:
             tiny[key] = value[:depth]
@@ -147,13 +148,19 @@ def tiny_model(tiny: Any) -> Any:
 
 
 def _built(config: Any) -> Any:
-    """A model of a config as its stock class builds it, in float64; None if its layers differ, which a stock class cannot build."""
+    """A model of a config as its stock class builds it, in float64; None if its layers differ, which a stock class cannot build.
+
+    Heads that the stock class would make wider are built by ours (`modeling_pruned.has_narrow_heads`).
+    """
     from transformers import AutoModelForCausalLM
 
     if config.is_heterogeneous:
         return None
     config = copy.deepcopy(config)
     config._experts_implementation = "eager"
+    if modeling_pruned.has_narrow_heads(config):
+        stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
+        return getattr(modeling_pruned, f"Pruned{stock}")(config).double().eval()
     return AutoModelForCausalLM.from_config(config).double().eval()
 
 
@@ -182,17 +189,17 @@ def fingerprint(tiny: Any) -> str:
     """What decides a verdict: the fields of a config that `shrunk` made, less those that a cut writes, and the code that tries it."""
     fields = {key: value for key, value in tiny.to_dict().items() if key not in ("head_dim", *_OF_ONE_FOLDER)}
     fields = {key: value for key, value in fields.items() if not key.endswith(("_eps", "_epsilon"))}
-    return hashlib.sha256(_code() + json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{code()}{json.dumps(fields, sort_keys=True, default=str)}".encode()).hexdigest()[:32]
 
 
 @cache
-def _code() -> bytes:
-    """The code that decides a verdict, and the versions of the libraries that it calls."""
+def code() -> str:
+    """Another word for each change of the code that decides a verdict, and of the libraries that it calls."""
     ours = [
         Path(str(module.__file__)).read_bytes()
         for module in (convention, experts, modeling_pruned, routed, sys.modules[__name__])
     ]
-    return b"".join([*ours, version("transformers").encode(), version("torch").encode()])
+    return hashlib.sha256(b"".join([*ours, version("transformers").encode(), version("torch").encode()])).hexdigest()[:16]
 
 
 def _read(kept: Any) -> Verdict:
@@ -216,7 +223,7 @@ def _tried(tiny: Any) -> Verdict:
     try:
         axes = convention.axes(model)
     except AttributeError:
-        return Verdict(refused={"all": "its modules have other names than those of a Llama"})
+        return Verdict(refused={"all": "its modules have other names than those of a Llama, GPT-2 or GPT-NeoX"})
     kinds = [kind for kind in KINDS if any(axis.kind == kind and axis.size > axis.least for axis in axes)]
     routed = any(name.endswith(".experts") for name, _ in model.named_modules())
     named = [kind for kind in KINDS if routed or kind != "experts"]
@@ -273,6 +280,7 @@ def random_mask(axes: Sequence[Axis], seed: int, ids: Tensor | None = None) -> M
             number = max(axis.least, axis.size // 2)
             order = torch.rand(axis.groups, axis.size, generator=generator).argsort(dim=1)
             kept[axis.name] = (order < number).flatten()
+            kept[axis.name][list(axis.stays)] = True
         if axis.kind == "vocabulary" and ids is not None:
             kept[axis.name][[*ids.flatten().tolist(), 0, 1, 2]] = True
     return Mask(kept)

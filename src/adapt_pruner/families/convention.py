@@ -1,8 +1,10 @@
-"""The axes of every decoder whose modules follow the naming of Llama, whichever variant of it a model is.
+"""The axes of every decoder whose modules follow the naming of Llama, GPT-2 or GPT-NeoX, whichever variant of it a model is.
 
 What a layer holds is read from the names of its modules and the shapes of their weights:
 
-    attention   `self_attn` with q_proj, k_proj, v_proj and an output
+    attention   `self_attn` (or `attn`, …) with q_proj, k_proj, v_proj and an output; or with queries, keys and values in one matrix:
+                rows of all queries, then of all keys, then of all values (GPT-2), or those of each head together (GPT-NeoX); or
+                with keys and values that are made of a vector all heads share (MLA of DeepSeek), whose size stays
     MLP         `mlp` (or `feed_forward`), gated, ungated, or with gate and up in one matrix (rows of gate, then of up)
     norms       before a block, after it, both, or one norm for both blocks (`modeling_pruned.NORMS`); x̂ · w or x̂ · (1 + w)
 
@@ -31,16 +33,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
-from adapt_pruner.core.model.modeling_pruned import MLPS, OUTPUTS, norms_of
+from adapt_pruner.core.model.modeling_pruned import ATTENTIONS, MLPS, OUTPUTS, STACKS, _OwnConfig, ends_of, name_in, norms_of
 from adapt_pruner.families.experts import experts
 
-_ATTENTIONS = ("self_attn", "linear_attn")
 _FUSED = "gate_up_proj"
+_LINEAR_ATTENTION = "linear_attn"
+_IN_TURN = ("c_attn",)  # one matrix: rows of all queries, then of all keys, then of all values
+_HEAD_BY_HEAD = ("query_key_value",)  # one matrix: the rows of a head's query, key and value, head after head
+LINEAR = (nn.Linear, Conv1D)
+_DERIVES: dict[type, bool] = {}  # see `_derives`
 _SUMS = "block_sums"  # of AST, which stand beside the linear layers of a block (`modeling_pruned.BlockSums`)
-_LAST_NORMS = ("norm", "final_layernorm", "embedding_norm")
+_LAST_NORMS = ("norm", "final_layernorm", "embedding_norm", "final_layer_norm", "ln_f", "norm_f")
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")  # what configs call the width of an MLP
+_FIRSTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")  # layers without experts
 _EPS = ("variance_epsilon", "eps")
 _EPS_OF_CONFIG = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 
@@ -52,7 +61,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
     """
     inside = [
         axis
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(model.get_submodule(stack_of(model)))
         for axis in (*heads(model, index, layer), *neurons(model, index, layer), *experts(model, index, layer))
     ]
     whole = () if is_sliced(model.config) else (*whole_blocks(model), *residual(model))
@@ -64,51 +73,120 @@ def is_sliced(config: Any) -> bool:
     return getattr(config, "sliced_hidden_size", None) is not None
 
 
+def stack_of(model: Any) -> str:
+    """The dotted name of the list of decoder layers."""
+    decoder = model.base_model_prefix
+    return f"{decoder}.{name_in(model.get_submodule(decoder), STACKS)}"
+
+
 def heads(model: Any, index: int, layer: nn.Module) -> list[Axis]:
-    """The axes of KV heads and query heads of a layer; none if it has no such attention."""
-    attention = _attention(layer)
+    """The axes of KV heads and query heads of a layer; none if it has no such attention.
+
+    Where a class has as many KV heads as query heads, a KV head is a head, and there are no query heads to remove from it.
+    """
+    name, attention = _attention(layer)
     if attention is None:
         return []
-    at, head_dim, output = f"model.layers.{index}.self_attn", attention.head_dim, _output(attention)
+    at, output = f"{stack_of(model)}.{index}.{name}", _output(attention)
+    read = ends_of(attention.get_submodule(output))[0]
+    if hasattr(attention, "kv_b_proj"):
+        size = attention.num_heads
+        of_heads = _linear(attention, "q_b_proj" if getattr(attention, "q_b_proj", None) is not None else "q_proj", "kv_b_proj")
+        rows = [Slice(f"{at}.{name}", 0, tensor.shape[0] // size) for name, tensor in of_heads.items()]
+        return [_heads(model, index, at, size, rows)]
+    head_dim = getattr(attention, "head_dim", None) or attention.head_size
+    pins = (("head_dim", head_dim), *((("keeps_head_dim", True),) if _derives(attention, model.config) else ()))
+    if fused := name_in(attention, (*_IN_TURN, *_HEAD_BY_HEAD)):
+        starts, width = (range(0, 3 * read, read), head_dim) if fused in _IN_TURN else (range(1), 3 * head_dim)
+        rows = [piece for start in starts for piece in _rows(attention, at, fused, width, start)]
+        return [_heads(model, index, at, read // head_dim, rows, pins)]
     queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
     num_kv_heads, group = keys // head_dim, getattr(attention, "num_key_value_groups", queries // keys)
     of_group = {name: tensor.shape[0] // num_kv_heads for name, tensor in _of_query_heads(attention).items()}
     of_kv_head = {name: tensor.shape[0] // num_kv_heads for name, tensor in _linear(attention, "k_proj", "v_proj").items()}
-    written = attention.get_submodule(output).weight.shape[1] // num_kv_heads
-    kv_heads = [
-        *(Slice(f"{at}.{name}", 0, width) for name, width in (of_group | of_kv_head).items()),
-        Slice(f"{at}.{output}.weight", 1, written),
-    ]
-    query_heads = [
+    rows = [Slice(f"{at}.{name}", 0, width) for name, width in (of_group | of_kv_head).items()]
+    of_kv_heads = _heads(model, index, at, num_kv_heads, rows, pins)
+    if not _states(model.config, "num_key_value_heads"):
+        return [of_kv_heads]
+    of_query_heads = (
         *(Slice(f"{at}.{name}", 0, width // group) for name, width in of_group.items()),
-        Slice(f"{at}.{output}.weight", 1, written // group),
-    ]
-    attentions = f"layers.{index}.attentions"
+        _columns(attention, at, output, read // (num_kv_heads * group)),
+    )
     return [
-        Axis(
-            f"layers.{index}.kv_heads",
-            num_kv_heads,
-            unit_cost(model, kv_heads),
-            Gate(f"{at}.{output}", written),
-            tuple(kv_heads),
+        replace(
+            of_kv_heads,
             fields=(("num_key_value_heads", 1),),
             attributes=_those_of(attention, at, "num_key_value_heads"),
-            pins=(("head_dim", head_dim),),
-            enclosing=(attentions,),
+            counts=(),
         ),
         Axis(
             f"layers.{index}.query_heads",
             group,
-            num_kv_heads * unit_cost(model, query_heads),
-            Gate(f"{at}.{output}", written // group),
-            tuple(query_heads),
+            num_kv_heads * unit_cost(model, of_query_heads),
+            Gate(f"{at}.{output}", of_query_heads[-1].width),
+            of_query_heads,
             fields=(("num_attention_heads", 1),),
             attributes=_those_of(attention, at, "num_key_value_groups"),
-            pins=(("head_dim", head_dim),),
+            counts=tuple((name, 1) for name in _those_of(attention, at, "num_heads")),
+            pins=pins,
             groups=num_kv_heads,
-            enclosing=(f"layers.{index}.kv_heads", attentions),
+            enclosing=(of_kv_heads.name, *of_kv_heads.enclosing),
         ),
     ]
+
+
+def _states(config: Any, field: str) -> bool:
+    """Whether a config has a field, which may differ between layers, so that the config itself may refuse to tell it."""
+    return config.attribute_map.get(field, field) in vars(config)
+
+
+def _heads(model: Any, index: int, at: str, size: int, rows: list[Slice], pins: tuple[tuple[str, Any], ...] = ()) -> Axis:
+    """The axis of the `size` heads of a layer that own these rows of its attention, each as many as any other."""
+    attention = model.get_submodule(at)
+    output = _output(attention)
+    written = _columns(attention, at, output, ends_of(attention.get_submodule(output))[0] // size)
+    slices = (*rows, written)
+    return Axis(
+        f"layers.{index}.kv_heads",
+        size,
+        unit_cost(model, slices),
+        Gate(f"{at}.{output}", written.width, dim=written.dim),
+        slices,
+        fields=tuple((field, 1) for field in ("num_attention_heads", "num_key_value_heads") if _states(model.config, field)),
+        counts=(
+            *((name, 1) for name in _those_of(attention, at, "num_heads", "num_attention_heads")),
+            *((name, written.width) for name in _those_of(attention, at, "split_size", "embed_dim")),
+        ),
+        pins=pins,
+        enclosing=(f"layers.{index}.attentions",),
+    )
+
+
+def _derives(attention: Any, config: Any) -> bool:
+    """Whether the class of an attention makes its heads as wide as the stream together, whatever `head_dim` of its config says."""
+    kind = type(attention)
+    if kind not in _DERIVES:
+        width = config.hidden_size + 2
+        odd = _OwnConfig(config, head_dim=width, num_attention_heads=1, num_key_value_heads=1)
+        try:
+            with torch.device("meta"):
+                made = kind(odd, layer_idx=0)
+            _DERIVES[kind] = ends_of(made.get_submodule(_output(made)))[0] == config.hidden_size
+        except Exception:  # stock code of any type may fail in any way on such a config
+            _DERIVES[kind] = False
+    return _DERIVES[kind]
+
+
+def _rows(block: nn.Module, at: str, linear: str, width: int = 1, start: int = 0) -> list[Slice]:
+    """What an axis owns of the outputs of a linear layer of a block: of its weight, and of its bias if there is one."""
+    module: Any = block.get_submodule(linear)
+    weight = Slice(f"{at}.{linear}.weight", int(isinstance(module, Conv1D)), width, start)
+    return [weight] + ([Slice(f"{at}.{linear}.bias", 0, width, start)] if module.bias is not None else [])
+
+
+def _columns(block: nn.Module, at: str, linear: str, width: int = 1) -> Slice:
+    """What an axis owns of the inputs of a linear layer of a block."""
+    return Slice(f"{at}.{linear}.weight", int(not isinstance(block.get_submodule(linear), Conv1D)), width)
 
 
 def _of_query_heads(attention: nn.Module) -> dict[str, nn.Parameter]:
@@ -128,19 +206,19 @@ def neurons(model: Any, index: int, layer: nn.Module) -> list[Axis]:
     name, mlp = _mlp(layer)
     if mlp is None:
         return []
-    at, output = f"model.layers.{index}.{name}", _output(mlp)
-    size = mlp.get_submodule(output).weight.shape[1]
-    rows = [(f"{at}.{linear}", start) for linear in _inputs(mlp) for start in ((0, size) if linear == _FUSED else (0,))]
-    slices = [Slice(parameter, 0, start=start) for linear, start in rows for parameter in _parameters(model, linear)]
-    slices.append(Slice(f"{at}.{output}.weight", 1))
+    at, output = f"{stack_of(model)}.{index}.{name}", _output(mlp)
+    written = _columns(mlp, at, output)
+    size = ends_of(mlp.get_submodule(output))[0]
+    rows = [(linear, start) for linear in _inputs(mlp) for start in ((0, size) if linear == _FUSED else (0,))]
+    slices = (*(piece for linear, start in rows for piece in _rows(mlp, at, linear, start=start)), written)
     return [
         Axis(
             f"layers.{index}.neurons",
             size,
             unit_cost(model, slices),
-            Gate(f"{at}.{output}"),
-            tuple(slices),
-            fields=(("intermediate_size", 1),),
+            Gate(f"{at}.{output}", dim=written.dim),
+            slices,
+            fields=((next((field for field in _WIDTHS if _states(model.config, field)), _WIDTHS[0]), 1),),
             attributes=_those_of(mlp, at, "intermediate_size"),
             enclosing=(f"layers.{index}.mlps",),
         )
@@ -150,11 +228,12 @@ def neurons(model: Any, index: int, layer: nn.Module) -> list[Axis]:
 def whole_blocks(model: Any) -> list[Axis]:
     """The axes whose one unit is the attention or the MLP of a layer, with its norms."""
     block_axes = []
-    for index, layer in enumerate(model.model.layers):
+    stack = stack_of(model)
+    for index, layer in enumerate(model.get_submodule(stack)):
         for kind, modules in blocks(layer).items():
             cost = sum(count_parameters(getattr(layer, module)) for module in modules)
             if cost:
-                names = tuple(f"model.layers.{index}.{module}" for module in modules)
+                names = tuple(f"{stack}.{index}.{module}" for module in modules)
                 block_axes.append(
                     Axis(f"layers.{index}.{kind}", 1, cost, Gate(names[-1], kind="whole"), modules=names, may_be_empty=True)
                 )
@@ -168,9 +247,9 @@ def blocks(layer: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     before, after, before_mlp, after_mlp = norms_of(layer)
     block_modules = {}
-    if hasattr(layer, "self_attn"):
-        block_modules["attentions"] = (*before, "self_attn", *after)
-    if name := next((name for name in MLPS if hasattr(layer, name)), ""):
+    if name := name_in(layer, ATTENTIONS):
+        block_modules["attentions"] = (*before, name, *after)
+    if name := name_in(layer, MLPS):
         block_modules["mlps"] = (*before_mlp, name, *after_mlp)
     return block_modules
 
@@ -181,17 +260,22 @@ def is_there(module: Any) -> bool:
 
 
 def whole_layers(model: Any) -> Axis:
-    """The axis whose units are layers."""
-    stack = model.model.layers
+    """The axis whose units are layers. Of a model in which only some have attention, the last one with attention stays: stock code
+    asks its cache how long a text is."""
+    at = stack_of(model)
+    stack = model.get_submodule(at)
     costs = tuple(count_parameters(layer) for layer in stack)
+    attending = [index for index, layer in enumerate(stack) if name_in(layer, ATTENTIONS)]
     return Axis(
         name="layers",
         size=len(stack),
         cost=sum(costs) // len(stack),
         costs=costs,
-        gate=Gate("model.layers", kind="whole"),
+        gate=Gate(at, kind="whole"),
         fields=(("num_hidden_layers", 1),),
         lists=_lists(model.config, len(stack)),
+        firsts=tuple(name for name in _FIRSTS if isinstance(getattr(model.config, name, None), int)),
+        stays=tuple(attending[-1:]) if len(attending) < len(stack) else (),
     )
 
 
@@ -202,33 +286,61 @@ def _lists(config: Any, depth: int) -> tuple[str, ...]:
 
 
 def vocabulary(model: Any) -> Axis:
-    """The axis of tokens of a causal LM with `model.embed_tokens` and `lm_head`, tied or not."""
-    slices = [Slice("model.embed_tokens.weight", 0)]
-    if model.lm_head.weight is not model.model.embed_tokens.weight:
-        slices += [Slice(name, 0) for name in _parameters(model, "lm_head")]
+    """The axis of tokens of a causal LM, whose head may be tied to its embedding."""
+    (embedding, tokens), (head, logits) = embedding_of(model), head_of(model)
+    slices = [Slice(f"{embedding}.weight", 0)]
+    if logits.weight is not tokens.weight:
+        slices += [Slice(f"{head}.{name}", 0) for name, _ in logits.named_parameters()]
     return Axis(
         name="vocabulary",
-        size=model.lm_head.weight.shape[0],
+        size=logits.weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate("lm_head", kind="logits"),
+        gate=Gate(head, kind="logits"),
         slices=tuple(slices),
         fields=(("vocab_size", 1),),
-        attributes=("vocab_size", "model.vocab_size"),
+        attributes=("vocab_size", f"{model.base_model_prefix}.vocab_size"),
         indices=("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     )
 
 
-def _parameters(model: Any, linear: str) -> list[str]:
-    """Weight, and bias if there is one, of a linear layer."""
-    return [f"{linear}.weight"] + ([f"{linear}.bias"] if model.get_submodule(linear).bias is not None else [])
+def embedding_of(model: Any) -> tuple[str, Any]:
+    """The dotted name of the token embedding, and the module."""
+    tokens, decoder = model.get_input_embeddings(), model.base_model_prefix
+    return f"{decoder}.{_called(model.get_submodule(decoder), tokens)}", tokens
 
 
-def _attention(layer: nn.Module) -> Any:
-    """The attention of a layer, if it has queries, keys, values and an output of its own; else None."""
-    attention: Any = getattr(layer, "self_attn", None)
-    linear = dict(attention.named_children()) if attention is not None else {}
-    usual = all(isinstance(linear.get(f"{which}_proj"), nn.Linear) for which in "qkv")
-    return attention if usual and hasattr(attention, "head_dim") and _output(attention) else None
+def head_of(model: Any) -> tuple[str, Any]:
+    """The name of the head, and the module."""
+    head = model.get_output_embeddings()
+    return _called(model, head), head
+
+
+def _called(parent: nn.Module, module: nn.Module) -> str:
+    """The name of a module in its parent.
+
+    Raises:
+        AttributeError: it is not there.
+    """
+    for name, child in parent.named_children():
+        if child is module:
+            return name
+    raise AttributeError(f"{type(parent).__name__} has no such module")
+
+
+def _attention(layer: nn.Module) -> tuple[str, Any]:
+    """The name and the attention of a layer, if its queries, keys, values and output are of a known layout; else "", None."""
+    name = name_in(layer, ATTENTIONS)
+    attention: Any = getattr(layer, name, None)
+    linear = {part for part, child in attention.named_children() if isinstance(child, LINEAR)} if name else set()
+    usual = {"q_proj", "k_proj", "v_proj"} <= linear and hasattr(attention, "head_dim")
+    output = _output(attention) if linear else ""
+    if not output:
+        return "", None
+    written = 3 * ends_of(attention.get_submodule(output))[0]  # by one matrix of as many queries as keys and as values
+    fused = any(ends_of(attention.get_submodule(part))[1] == written for part in linear & {*_IN_TURN, *_HEAD_BY_HEAD})
+    fused = fused and name_in(attention, ("head_dim", "head_size")) != ""
+    latent = "kv_b_proj" in linear and hasattr(attention, "num_heads")
+    return (name, attention) if usual or fused or latent else ("", None)
 
 
 def _mlp(layer: nn.Module) -> tuple[str, Any]:
@@ -242,18 +354,18 @@ def _mlp(layer: nn.Module) -> tuple[str, Any]:
 
 def _others(block: nn.Module) -> list[str]:
     """The modules with vectors or matrices in a block that are no linear layers: experts, norms over neurons."""
-    children = [(name, child) for name, child in block.named_children() if not isinstance(child, nn.Linear) and name != _SUMS]
+    children = [(name, child) for name, child in block.named_children() if not isinstance(child, LINEAR) and name != _SUMS]
     return [name for name, child in children if any(parameter.numel() > 1 for parameter in child.parameters())]
 
 
 def _inputs(block: nn.Module) -> list[str]:
     """The linear layers of a block that read the stream."""
-    return [name for name, child in block.named_children() if isinstance(child, nn.Linear) and name not in OUTPUTS]
+    return [name for name, child in block.named_children() if isinstance(child, LINEAR) and name not in OUTPUTS]
 
 
 def _output(block: nn.Module) -> str:
     """The linear layer of a block that writes to the stream; empty if there is none."""
-    linear = [name for name, child in block.named_children() if isinstance(child, nn.Linear)]
+    linear = [name for name, child in block.named_children() if isinstance(child, LINEAR)]
     return next((name for name in OUTPUTS if name in linear), "")
 
 
@@ -276,56 +388,64 @@ def residual(model: Any) -> list[Axis]:
     Returns:
         The axis; nothing where a block of the model has parameters of which this file does not know how they meet the stream.
     """
-    last = next((f"model.{name}" for name in _LAST_NORMS if hasattr(model.model, name)), "")
-    eps_of_config = next((name for name in _EPS_OF_CONFIG if hasattr(model.config, name)), "")
-    embedding = model.model.embed_tokens
-    if not (last and eps_of_config):
+    stack, (embedding, tokens), (head, logits) = stack_of(model), embedding_of(model), head_of(model)
+    decoder = model.get_submodule(model.base_model_prefix)
+    last = name_in(decoder, _LAST_NORMS)
+    eps_of_config = name_in(model.config, _EPS_OF_CONFIG)
+    others = [child for name, child in decoder.named_children() if name != last and child is not tokens]
+    if not (last and eps_of_config) or any(is_there(child) for child in others if child is not model.get_submodule(stack)):
         return []
+    last = f"{model.base_model_prefix}.{last}"
     of_layers: list[str] = []
-    norms, rows, columns, inner = [last], [], ["model.embed_tokens.weight"], []
-    tied = model.lm_head.weight is embedding.weight
+    norms, unnormed, rows, columns, inner = [last], [], [], [Slice(f"{embedding}.weight", 1)], []
+    tied = logits.weight is tokens.weight
     if not tied:
-        columns.append("lm_head.weight")
-    for index, layer in enumerate(model.model.layers):
-        at = f"model.layers.{index}"
-        names = [norm for norms_of_block in norms_of(layer) for norm in norms_of_block]
+        columns.append(Slice(f"{head}.weight", 1))
+    for index, layer in enumerate(model.get_submodule(stack)):
+        at = f"{stack}.{index}"
+        before, after, before_mlp, after_mlp = norms_of(layer)
+        names, blocks_of = (*before, *after, *before_mlp, *after_mlp), (*ATTENTIONS, _LINEAR_ATTENTION, *MLPS)
         norms += [f"{at}.{norm}" for norm in names if is_there(getattr(layer, norm))]
         of_layers += _those_of(layer, at, "hidden_size")
-        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *_ATTENTIONS, *MLPS)):
+        if any(is_there(child) for name, child in layer.named_children() if name not in (*names, *blocks_of)):
             return []
-        for name in (*_ATTENTIONS, *MLPS):
+        for name in blocks_of:
             block = getattr(layer, name, None)
             if block is None or not is_there(block):
                 continue
             if not _output(block):
                 return []
-            columns += [f"{at}.{name}.{linear}.weight" for linear in _inputs(block)]
-            rows += _parameters(model, f"{at}.{name}.{_output(block)}")
+            if any(ends_of(block.get_submodule(linear))[0] != tokens.weight.shape[1] for linear in _inputs(block)):
+                return []
+            reading = [_columns(block, f"{at}.{name}", linear) for linear in _inputs(block)]
+            columns += reading
+            if after and not (before_mlp if name in MLPS else before):  # a block that reads the stream without a norm (OLMo 2)
+                unnormed += [piece.parameter.removesuffix(".weight") for piece in reading]
+            rows += _rows(block, f"{at}.{name}", _output(block))
             of_layers += _those_of(block, f"{at}.{name}", "hidden_size") if name in MLPS else ()
             if hasattr(block, "q_norm"):
                 inner += [(f"{at}.{name}.{side}_norm.{_eps(block.get_submodule(f'{side}_norm'))}", 1.0) for side in "qk"]
-                inner += [(parameter, 0.5) for side in "qk" for parameter in _parameters(model, f"{at}.{name}.{side}_proj")]
-    if not all(is_there(model.get_submodule(norm)) and _eps(model.get_submodule(norm)) for norm in norms):
+                inner += [(f"{at}.{name}.{piece}", 0.5) for piece in _linear(block, "q_proj", "k_proj")]
+    modules = [model.get_submodule(norm) for norm in norms]
+    if not all(is_there(norm) and _eps(norm) and not isinstance(norm, nn.LayerNorm) for norm in modules):
         return []
-    slices = (
-        [Slice(f"{norm}.weight", 0) for norm in norms] + [Slice(name, 0) for name in rows] + [Slice(name, 1) for name in columns]
-    )
+    slices = (*(Slice(f"{norm}.weight", 0) for norm in norms), *rows, *columns)
     grown = [f"{norm}.weight" for norm in norms]
     read: list[tuple[str, float]] = []
-    if hasattr(embedding, "embed_scale"):
+    if hasattr(tokens, "embed_scale"):
         read = [
-            ("model.embed_tokens.weight", 0.5),
-            *((f"model.embed_tokens.{name}", -0.5) for name in ("scalar_embed_scale", "embed_scale")),
+            (f"{embedding}.weight", 0.5),
+            *((f"{embedding}.{name}", -0.5) for name in ("scalar_embed_scale", "embed_scale")),
         ]
         grown = grown[1:] if tied else grown
     axis = Axis(
         name="residual",
         size=model.get_submodule(last).weight.shape[0],
         cost=unit_cost(model, slices),
-        gate=Gate(norms[0], kind="channels", also=tuple(norms[1:])),  # only norms read the stream
-        slices=tuple(slices),
+        gate=Gate(last, kind="channels", also=(*norms[1:], *unnormed)),
+        slices=slices,
         fields=(("hidden_size", 1),),
-        attributes=("model.embed_tokens.embedding_dim", *of_layers),
+        attributes=(f"{embedding}.embedding_dim", *of_layers),
         scaled=(
             *read,
             *((name, 0.5) for name in grown),

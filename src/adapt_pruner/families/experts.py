@@ -62,8 +62,8 @@ def experts(model: Any, index: int, layer: nn.Module) -> list[Axis]:
             Gate(router, kind="routed", also=tuple(added)),
             tuple(parameters),
             fields=((field, 1),),
-            totals=tuple(
-                f"{owner}.{leaf}".lstrip(".")
+            counts=tuple(
+                (f"{owner}.{leaf}".lstrip("."), 1)
                 for owner, module in counting.items()
                 for leaf in _FIELDS
                 if getattr(module, leaf, None) == entries

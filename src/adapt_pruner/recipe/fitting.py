@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from adapt_pruner.core.model.kinds import USUAL, WHOLE
 from adapt_pruner.core.system.parts import CHOICE
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.errors import UsageError, nearest, option
 from adapt_pruner.recipe import parts
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _check_minutes(recipe: "Recipe") -> None:
         if need in parts.needs("reduce", recipe.reduce):
             raise ValueError(
                 f"minutes {recipe.minutes:g} cannot end a run whose reduce {recipe.reduce!r} {why}; leave minutes out and set training.tokens "
-                "(with shrink: --tokens)"
+                f"(with shrink: {option('tokens')})"
             )
 
 
@@ -95,8 +95,8 @@ def _check_zeros(recipe: "Recipe") -> None:
         return
     if size := recipe.budget or recipe.latency:
         raise ValueError(
-            f"method {recipe.method!r} makes weights zero and removes none, so it cannot reach {size!r}; give --sparsity 50% "
-            "or --sparsity 2:4; for both, prune first, then make zeros in the result with a second command"
+            f"method {recipe.method!r} makes weights zero and removes none, so it cannot reach {size!r}; give "
+            f"{option('sparsity', '50%')} or {option('sparsity', '2:4')}; for both, prune first, then make zeros in the result with a second command"
         )
 
 
@@ -167,9 +167,9 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     if training.source is None and "training" not in needs:  # without training text such a reduction is refused as it begins
         leaves = [f"training.{key}" for key in type(training).model_fields if key not in ("source", "tokens", "teacher")]
         add([*leaves, "moments"], "the recipe trains nothing", "set training.source and training.tokens")
-    for option in ("warmup", "decay", "floor"):
-        if not parts.takes("schedule", training.schedule, option):
-            add((f"training.{option}",), f"training.schedule {training.schedule.partition('(')[0]!r} does not read it")
+    for key in ("warmup", "decay", "floor"):
+        if not parts.takes("schedule", training.schedule, key):
+            add((f"training.{key}",), f"training.schedule {training.schedule.partition('(')[0]!r} does not read it")
     if recipe.evaluation.source is None:
         add(("evaluation.window", "evaluation.max_windows"), "there is no held-out text", "set evaluation.source")
     if recipe.evaluation.tasks is None:

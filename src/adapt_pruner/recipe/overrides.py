@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option, settings
 
 __all__ = ["keys_of", "refuse_lost", "refuse_set_twice"]
 
@@ -23,7 +23,7 @@ def refuse_set_twice(keys: Iterable[str], overrides: Sequence[str]) -> None:
         UsageError: such a key is set again.
     """
     if twice := sorted(keys_of(overrides) & set(keys)):
-        raise UsageError(f"{', '.join(twice)} is set by its own option and by --set; leave one of them out")
+        raise UsageError(f"{', '.join(twice)} is set by its own option and by {option('settings')}; leave one of them out")
 
 
 def refuse_lost(table: str, keys: Iterable[str]) -> None:
@@ -38,6 +38,6 @@ def refuse_lost(table: str, keys: Iterable[str]) -> None:
     """
     if inside := sorted({key for key in keys if key.startswith(f"{table}.")}):
         raise UsageError(
-            f"--set {table}=… would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
-            f"already; set single keys, such as --set {inside[0]}=VALUE"
+            f"{settings({table: '…'})} would replace the whole table, and drop {', '.join(inside)}, which {'is' if len(inside) == 1 else 'are'} set "
+            f"already; set single keys, such as {settings({inside[0]: 'VALUE'})}"
         )

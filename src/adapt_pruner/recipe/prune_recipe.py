@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option
 from adapt_pruner.recipe.overrides import refuse_set_twice
 from adapt_pruner.recipe.schema import Recipe, read
 
@@ -23,14 +23,17 @@ def to_prune(options: Mapping[str, Any], *, overrides: Sequence[str] = ()) -> Re
     values = {key: value for key, value in options.items() if value is not None}
     if "budget" in values and "latency" in values:
         raise UsageError(
-            f"--params {values['budget']} and --latency {values['latency']} both say how far to prune; leave one of them out"
+            f"{option('params', values['budget'])} and {option('latency', values['latency'])} both say how far to prune; leave one of them "
+            "out"
         )
     refuse_set_twice(values, overrides)
     recipe = read({}, values=values, overrides=overrides)
     if recipe.makes_zeros and not recipe.sparsity:
-        raise UsageError(f"method {recipe.method!r} makes weights zero; say how many: add --sparsity 50% or --sparsity 2:4")
+        raise UsageError(
+            f"method {recipe.method!r} makes weights zero; say how many: add {option('sparsity', '50%')} or {option('sparsity', '2:4')}"
+        )
     if not (recipe.makes_zeros or recipe.budget or recipe.latency):
-        raise UsageError("prune needs a size or a speed to reach; add --params 80% or --latency 0.7x")
+        raise UsageError(f"prune needs a size or a speed to reach; add {option('params', '80%')} or {option('latency', '0.7x')}")
     recipe = recipe.ready()
     if recipe.training.tokens:
         raise UsageError("prune does not train; write the training into a recipe and use: adapt-pruner run RECIPE.yaml")

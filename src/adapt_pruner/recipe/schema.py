@@ -30,7 +30,7 @@ from adapt_pruner.core.model.shards import Shards, checked_shards
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_yaml import read_keys, value_of
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.errors import UsageError, nearest
+from adapt_pruner.errors import UsageError, nearest, settings
 from adapt_pruner.recipe import parts
 from adapt_pruner.recipe.fitting import check_fitting, sentence, unread
 from adapt_pruner.recipe.overrides import keys_of, refuse_lost
@@ -469,14 +469,15 @@ class Recipe(_Frozen):
                 reduction trains and it names no text to train on.
         """
         if not self.model:
-            raise UsageError("the recipe names no model; add it, for example --set model=smollm2-135m-instruct")
+            raise UsageError(f"the recipe names no model; add it, for example {settings({'model': 'smollm2-135m-instruct'})}")
         if self.makes_zeros:
             if not self.sparsity:
-                raise UsageError(
-                    f"method {self.method!r} makes weights zero and the recipe does not say how many; add --set sparsity=50%, or --set sparsity=2:4"
-                )
+                example = f"{settings({'sparsity': '50%'})}, or {settings({'sparsity': '2:4'})}"
+                raise UsageError(f"method {self.method!r} makes weights zero and the recipe does not say how many; add {example}")
         elif not (self.budget or self.latency):
-            raise UsageError("the recipe names no budget; add it, for example --set budget=80%, or a latency like 0.7x")
+            raise UsageError(
+                f"the recipe names no budget; add it, for example {settings({'budget': '80%'})}, or a latency like 0.7x"
+            )
         if "training" in parts.needs("reduce", self.reduce) and self.training.source is None:
             raise UsageError(
                 f"reduce {self.reduce!r} works while the model trains, and the recipe trains nothing; set training.source and "

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.core.system.strict_json import read_json
@@ -72,7 +73,9 @@ class Masks(Reduction):
         if not self.run:
             raise UsageError("reduce masks takes its units from another run; name its folder: reduce=masks(run=runs/first)")
         folder = expanded(self.run)
-        path = next((path for path in (folder / "mask.json", folder / "model" / "mask.json") if path.exists()), None)
+        path = next(
+            (path for path in (folder / filenames.MASK, folder / filenames.RESULT / filenames.MASK) if path.exists()), None
+        )
         if path is None:
             raise UsageError(
                 f"{self.run} has no mask.json, nor has its model/; name the folder of a run that has ended, or of a pruned model"

@@ -171,7 +171,7 @@ def directions(
     batches: Sequence[Tensor],
     width: int,
     *,
-    dtype: str = "auto",
+    dtype: str,
     on_basis: Callable[[int, int], None] = lambda done, of: None,
 ) -> Iterator[Tensor]:
     """The basis of the stream before each block in turn: attention of layer 0, its MLP, attention of layer 1, …

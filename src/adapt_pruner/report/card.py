@@ -16,10 +16,12 @@ from typing import Any
 import jinja2
 import yaml
 
+from adapt_pruner.checkpoint.compatible_names import with_common_names
 from adapt_pruner.checkpoint.origin import said_of_base
 from adapt_pruner.core.events import Listener, Warned
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, counted, millions, score, shots, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import why, write_whole
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.core.system.terminal import visible
@@ -49,7 +51,7 @@ def write_card(folder: Path) -> None:
     """
     text = card_of(folder)
     try:
-        write_whole(folder / "README.md", text)
+        write_whole(folder / filenames.CARD, text)
     except OSError as error:
         raise RunError(f"{folder / 'README.md'} could not be written: {why(error)}") from error
 
@@ -68,12 +70,12 @@ def write_card_of_export(source: Path, out: Path, form: str) -> str | None:
     Raises:
         RunError: the card could not be written.
     """
-    if not (source / "pruning.json").is_file():
+    if not (source / filenames.PRUNING).is_file():
         return None
     try:
-        config = out / "config.json"
-        shape = read_json(config if config.is_file() else source / "config.json")  # some forms have no config of their own
-        write_whole(out / "README.md", card_of(source, exported=(form, shape)))
+        config = out / filenames.CONFIG
+        shape = read_json(config if config.is_file() else source / filenames.CONFIG)  # some forms have no config of their own
+        write_whole(out / filenames.CARD, card_of(source, exported=(form, shape)))
     except UsageError as error:
         return f"the export has no model card: {error}"
     except OSError as error:
@@ -117,10 +119,10 @@ def _told(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json and pruning.json of a checkpoint; refuses the same folders as `card_of`."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; name a checkpoint that shrink, prune or run wrote")
-    if (folder / "model" / "pruning.json").is_file():
+    if (folder / filenames.RESULT / filenames.PRUNING).is_file():
         raise UsageError(f"{folder} is the folder of a run; name its result, {folder / 'model'}")
     contents: list[dict[str, Any]] = []
-    for name in ("config.json", "pruning.json"):
+    for name in (filenames.CONFIG, filenames.PRUNING):
         if not (folder / name).is_file():
             raise UsageError(
                 f"{folder} is not a checkpoint of adapt-pruner: it has no {name}; name a folder that shrink, prune or run wrote"
@@ -150,7 +152,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     """
     from huggingface_hub import ModelCard
 
-    config, pruning = _tame(config), _tame(pruning)
+    config, pruning = with_common_names(_tame(config)), _tame(pruning)
     if not re.fullmatch(r"[\w.-]+", str(config.get("model_type"))):
         raise ValueError(f"model_type {config['model_type']!r}")
     recipe, figures = pruning["recipe"], pruning["figures"]
@@ -175,7 +177,7 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
         licence=f"{base['license']} ({base['license_name']})" if base.get("license_name") else base.get("license"),
         begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)),
         **_tasks(figures.get("tasks") or [], recipe["evaluation"].get("limit")),
-        loading=list(loading(config) if exported is None else form_of(exported[0]).loading(exported[1])),
+        loading=list(loading(config) if exported is None else form_of(exported[0]).loading(with_common_names(exported[1]))),
         chats=list(_chats(figures, begun, after)), calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
         command=command, dumped=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).rstrip(),
         citations=_entries(recipe["method"]),
@@ -191,7 +193,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
-        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": _figure, "commas": "{:,}".format,
+        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": lambda value, digits: f"{value:,.{digits}f}" if _is_number(value) else "no number", "commas": "{:,}".format,
         "percent": "{:.1%}".format,
     }  # fmt: skip
     return environment.get_template("card.md")
@@ -445,7 +447,3 @@ def _entries(method: str) -> list[str]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _figure(value: Any, digits: int) -> str:
-    return f"{value:,.{digits}f}" if _is_number(value) else "no number"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.core.events.words import Form, counted, shown
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import number_of, read_json
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.charts import Beside, Lines, Series
@@ -23,7 +24,7 @@ def read_comparison(folder: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, or holds something else.
     """
-    path = Path(folder) / "compare.json"
+    path = Path(folder) / filenames.COMPARISON
     try:
         result = read_json(path)
     except (OSError, ValueError) as error:

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from adapt_pruner.checkpoint.untrusted import shards_in
-from adapt_pruner.core.system.files import WEIGHT_MASK_FILE, check_regular, files_in, is_card
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.files import check_regular, files_in, is_card
 from adapt_pruner.core.system.provenance import installed
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.report.card import card_of, write_card
 
 _WRITTEN = {
-    "README.md", "config.json", "generation_config.json", "mask.json", "model.safetensors", "model.safetensors.index.json",
-    "modeling_pruned.py", "modeling_sliced.py", "pruning.json", WEIGHT_MASK_FILE,
+    filenames.CARD, filenames.CONFIG, "generation_config.json", filenames.MASK, filenames.WEIGHTS, filenames.WEIGHTS_INDEX,
+    "modeling_pruned.py", "modeling_sliced.py", filenames.PRUNING, filenames.WEIGHT_MASK,
     "added_tokens.json", "chat_template.jinja", "merges.txt", "special_tokens_map.json", "spiece.model", "tokenizer.json",
     "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 }  # fmt: skip
@@ -62,19 +63,20 @@ def plan_upload(folder: Path, repo: str) -> Upload:
             f"{repo!r} is not the name of a repository on the hub; write ORG/NAME with letters, digits, -, _ and ., at most 96 "
             "of them"
         ) from error
-    if (folder / "state.json").is_file():
+    if (folder / filenames.STATE).is_file():
         raise UsageError(f"{folder} is a checkpoint in the middle of a run; let the run end and name its folder model")
     if folder.is_file():
         raise UsageError(
             f"{folder} is a file, and only a folder has a card; put it into the folder of its checkpoint and name that folder"
         )
-    exported = not (folder / "pruning.json").exists() and _is_export(folder / "README.md")
+    readme = folder / filenames.CARD
+    check_regular(readme)
+    exported = not (folder / filenames.PRUNING).exists() and is_card(readme)  # then `export` wrote it
     text = "" if exported else card_of(folder)
     files, left_out = _ours(folder)
-    readme = folder / "README.md"
-    new_card = "README.md" not in files
+    new_card = filenames.CARD not in files
     if new_card:
-        files["README.md"] = len(text.encode())
+        files[filenames.CARD] = len(text.encode())
     else:
         text = readme.read_text(encoding="utf-8", errors="replace")
     if not any(name.endswith(_WEIGHTS) for name in files):
@@ -91,19 +93,13 @@ def plan_upload(folder: Path, repo: str) -> Upload:
     return Upload(folder, repo, dict(sorted(files.items())), new_card, tuple(notes))
 
 
-def _is_export(card: Path) -> bool:
-    """Whether a README.md is the card that `export` writes into a folder."""
-    check_regular(card)
-    return is_card(card)
-
-
 def _ours(folder: Path) -> tuple[dict[str, int], list[str]]:
     """The files of a checkpoint that are ours to send, with their sizes, and the names of other files; hidden files are ignored.
 
     Raises:
         UsageError: a file of ours is a link or no regular file, or a shard is missing.
     """
-    shards = _shards(folder / "model.safetensors.index.json")
+    shards = _shards(folder / filenames.WEIGHTS_INDEX)
     files: dict[str, int] = {}
     left_out = []
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}

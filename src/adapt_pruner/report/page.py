@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapt_pruner.core.events import BILL, Start
 from adapt_pruner.core.events.words import by_model, compact, counted, duration, measured_text, shown, typed
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, is_page, why, write_whole
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import parts
@@ -32,7 +33,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         RunError: the page cannot be written.
     """
     record = read_record(run_dir)
-    return write_page(Path(out) if out is not None else record.path / "report.html", page(record))
+    return write_page(Path(out) if out is not None else record.path / filenames.PAGE, page(record))
 
 
 def try_report(run_dir: Path) -> str | None:
@@ -208,11 +209,10 @@ def _commands(record: Record, figures: Figures) -> list[str]:
 
 def _machine(record: Record) -> str | None:
     start = next((event for event in reversed(record.of(Start)) if event.device), None)
-    return None if start is None else f"{start.device}, {start.precision} products{_processes(start)}"
-
-
-def _processes(start: Start) -> str:
-    return f"; {start.processes} processes ({start.parallel})" if start.processes != 1 else ""
+    if start is None:
+        return None
+    together = f"; {start.processes} processes ({start.parallel})" if start.processes != 1 else ""
+    return f"{start.device}, {start.precision} products{together}"
 
 
 def _source(source: object) -> str | None:

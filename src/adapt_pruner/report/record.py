@@ -10,7 +10,8 @@ import yaml
 
 from adapt_pruner.core.events import Event, parse_line
 from adapt_pruner.core.events.progress import RunProgress
-from adapt_pruner.core.system.files import PROGRESS, read_plain, weight_bytes
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.files import read_plain, weight_bytes
 from adapt_pruner.core.system.locks import is_held
 from adapt_pruner.core.system.strict_json import is_count, is_number, read_json, to_json
 from adapt_pruner.core.system.strict_yaml import value_of
@@ -88,13 +89,13 @@ def read_record(run_dir: str | Path) -> Record:
     check_is_run(path)
     trouble: list[str] = []
     prepares = _prepares(path)
-    text, recipe = _recipe(path / "recipe.yaml", trouble)
+    text, recipe = _recipe(path / filenames.RECIPE, trouble)
     first = text.partition("\n")[0]
-    finished = (path / "model").is_dir()
-    checkpoints = (folder for folder in newest_first(path / "checkpoints") if (folder / "pruning.json").is_file())
-    place = path / "model" if finished else next(checkpoints, None)
-    pruning = {} if place is None else _json(place / "pruning.json", trouble)
-    events = _events(path / "log.jsonl", trouble)
+    finished = (path / filenames.RESULT).is_dir()
+    checkpoints = (folder for folder in newest_first(path / filenames.CHECKPOINTS) if (folder / filenames.PRUNING).is_file())
+    place = path / filenames.RESULT if finished else next(checkpoints, None)
+    pruning = {} if place is None else _json(place / filenames.PRUNING, trouble)
+    events = _events(path / filenames.LOG, trouble)
     if prepares and not recipe and not events:
         trouble = [
             "the run is preparing: it loads the model and reads its text, and has written neither recipe.yaml nor log.jsonl yet"
@@ -110,8 +111,8 @@ def read_record(run_dir: str | Path) -> Record:
         made_by=str(pruning.get("made_by") or (first[2:] if first.startswith("# ") else "")),
         events=events,
         pruning=pruning,
-        state={} if place is None or finished else _json(place / "state.json", trouble),
-        mask={} if place is None else _mask(_json(place / "mask.json", trouble)),
+        state={} if place is None or finished else _json(place / filenames.STATE, trouble),
+        mask={} if place is None else _mask(_json(place / filenames.MASK, trouble)),
         checkpoint=place,
         weight_bytes=weight_bytes(place) if finished and place else None,
         trouble=trouble,
@@ -126,12 +127,12 @@ def record_of_result(path: Path, events: Iterable[Event]) -> Record:
         events: what its listener was told, each with its `time` in Unix seconds.
     """
     trouble: list[str] = []
-    pruning = _json(path / "pruning.json", trouble)
+    pruning = _json(path / filenames.PRUNING, trouble)
     recipe = pruning.get("recipe") or {}
     return Record(
         path=path, status="finished", recipe=recipe, recipe_text=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         made_by=str(pruning.get("made_by") or ""), events=[read for event in events if event.logged and (read := parse_line(to_json(event.to_dict())))],
-        pruning=pruning, mask=_mask(_json(path / "mask.json", trouble)), checkpoint=path, weight_bytes=weight_bytes(path), kept=False,
+        pruning=pruning, mask=_mask(_json(path / filenames.MASK, trouble)), checkpoint=path, weight_bytes=weight_bytes(path), kept=False,
         trouble=trouble,
     )  # fmt: skip
 
@@ -155,13 +156,13 @@ def check_is_run(path: Path) -> None:
     Raises:
         UsageError: the path is refused.
     """
-    if (path / "recipe.yaml").is_file() or (path / "log.jsonl").is_file() or _prepares(path):
+    if (path / filenames.RECIPE).is_file() or (path / filenames.LOG).is_file() or _prepares(path):
         return
     if not path.exists():
         raise UsageError(f"{path} does not exist; name the folder that `adapt-pruner shrink` or `run` wrote, such as runs/demo")
     if not path.is_dir():
         raise UsageError(f"{path} is a file; name the folder of a run, which contains recipe.yaml and log.jsonl")
-    if (path / "pruning.json").is_file() and (path.parent / "log.jsonl").is_file():
+    if (path / filenames.PRUNING).is_file() and (path.parent / filenames.LOG).is_file():
         raise UsageError(f"{path} is the result of a run; name the run's folder, {path.parent}")
     inside = sorted(child.parent for child in path.glob("*/log.jsonl"))
     hint = f"; did you mean {inside[0]}?" if inside else "; name the folder that `adapt-pruner shrink` or `run` wrote"
@@ -171,7 +172,7 @@ def check_is_run(path: Path) -> None:
 def read_progress(path: Path) -> tuple[RunProgress, float] | None:
     """Where the run in this folder last said that it stands, and when (Unix seconds); None if there is nothing to read."""
     try:
-        data = read_json(path / PROGRESS)
+        data = read_json(path / filenames.PROGRESS)
         return RunProgress(**data), float(data["time"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -179,14 +180,14 @@ def read_progress(path: Path) -> tuple[RunProgress, float] | None:
 
 def _prepares(path: Path) -> bool:
     """Whether a run works here that has written nothing yet. A comparison also locks its folder, but has `cells`."""
-    written = (path / name for name in ("recipe.yaml", "log.jsonl", "cells"))
+    written = (path / name for name in (filenames.RECIPE, filenames.LOG, filenames.CELLS))
     return not any(place.exists() for place in written) and is_worked_in(path)
 
 
 def _recipe(path: Path, trouble: list[str]) -> tuple[str, dict[str, Any]]:
     try:
         text = read_plain(path, most=2**20).decode("utf-8")
-        data = value_of(text, "recipe.yaml")
+        data = value_of(text, filenames.RECIPE)
     except FileNotFoundError:
         trouble.append("recipe.yaml is missing, so the page cannot say what the run was asked to do")
         return "", {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.core.events import Event, Interrupted, Listener, Load, Saved, Warned
+from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, expanded
 from adapt_pruner.export import check_form
 from adapt_pruner.export import export as write
@@ -61,14 +62,14 @@ def run(
     folder = Path(run_dir)
 
     def tell(event: Event) -> None:
-        finished = isinstance(event, Saved | Interrupted) and Path(event.path or "") == folder / "model"
+        finished = isinstance(event, Saved | Interrupted) and Path(event.path or "") == folder / filenames.RESULT
         trouble = try_report(folder) if finished else None
         listen(event)
         if trouble:
             listen(Warned(message=trouble))
 
     with trackers.reporting(recipe, folder, listen) as listen:
-        write_more = partial(try_card, path=folder / "model", listen=listen)
+        write_more = partial(try_card, path=folder / filenames.RESULT, listen=listen)
         return loop.run(
             recipe, folder, listen=tell, trust_remote_code=trust_remote_code, force_recipe=force_recipe, write_more=write_more
         )

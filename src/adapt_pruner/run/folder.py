@@ -29,16 +29,14 @@ from adapt_pruner.checkpoint.state import read_state
 from adapt_pruner.core.events import Event
 from adapt_pruner.core.events.progress import ProgressTracker
 from adapt_pruner.core.events.words import typed
-from adapt_pruner.core.system import world
-from adapt_pruner.core.system.files import MARK, PROGRESS, check_place, is_marked, is_page, mark, remove, tidy, why, write_whole
+from adapt_pruner.core.system import filenames, world
+from adapt_pruner.core.system.files import check_place, is_marked, is_page, mark, remove, tidy, why, write_whole
 from adapt_pruner.core.system.locks import locked
 from adapt_pruner.core.system.strict_json import is_number, read_json, to_json
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.recipe import Recipe, differing, read
 from adapt_pruner.run.checkpoints import newest_first, of_stage
 
-OWN_TEXT = "calibration_self.json"
-REPAIR_TEXT = "repair_self.json"
 _KIND = "run"
 _OURS = r"recipe\.yaml|model|calibration_self\.json|repair_self\.json|stage-.*"
 _EVERY = 1.0  # seconds between two writes of progress.json
@@ -65,8 +63,8 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = path / "checkpoints"
-        self.result = path / "model"
+        self.checkpoints = path / filenames.CHECKPOINTS
+        self.result = path / filenames.RESULT
         self._begun = False
         self._place: os.stat_result | None = None  # of the folder as this process locked it
         self._early: list[str] = []  # lines of the log that wait for the run to begin
@@ -75,7 +73,7 @@ class RunFolder:
     @property
     def is_new(self) -> bool:
         """Whether no run has begun here."""
-        return not (self.path / "recipe.yaml").exists() and not newest_first(self.checkpoints)
+        return not (self.path / filenames.RECIPE).exists() and not newest_first(self.checkpoints)
 
     @property
     def is_finished(self) -> bool:
@@ -108,7 +106,7 @@ class RunFolder:
     def begin(self, recipe: Recipe, provenance: str) -> None:
         """Write recipe.yaml; from now on events go to the log."""
         self.check_here()
-        path = self.path / "recipe.yaml"
+        path = self.path / filenames.RECIPE
         with writing(path):
             write_whole(path, f"# {provenance}\n{recipe.to_yaml()}")
         self._begun = True
@@ -118,7 +116,7 @@ class RunFolder:
         if self.is_new or recipe.multiple_of != "auto":
             return recipe
         try:
-            began = read(self.path / "recipe.yaml").multiple_of
+            began = read(self.path / filenames.RECIPE).multiple_of
         except UsageError:  # `check` says so
             return recipe
         return recipe.model_copy(update={"multiple_of": began}) if began == 1 else recipe
@@ -132,7 +130,7 @@ class RunFolder:
         if self.is_new:
             return []
         try:
-            keys = differing(read(self.path / "recipe.yaml"), self.as_begun(recipe))
+            keys = differing(read(self.path / filenames.RECIPE), self.as_begun(recipe))
         except UsageError as error:
             if force:
                 return ["keys that are unknown, since the old recipe cannot be read"]
@@ -166,7 +164,7 @@ class RunFolder:
             self._early.append(line)
             return
         self.check_here()
-        with writing(self.path / "log.jsonl"):
+        with writing(self.path / filenames.LOG):
             self._append("".join([*self._early, line]))
         self._early = []
 
@@ -178,12 +176,12 @@ class RunFolder:
         self._written = time.monotonic()
         with suppress(OSError):
             text = to_json({"time": time.time(), **asdict(self._tracker.at())})
-            (self.path / PROGRESS).write_text(text, encoding="utf-8")
+            (self.path / filenames.PROGRESS).write_text(text, encoding="utf-8")
 
     @property
     def log_size(self) -> int:
         """Size of log.jsonl in bytes."""
-        log = self.path / "log.jsonl"
+        log = self.path / filenames.LOG
         return log.stat().st_size if log.exists() else 0
 
     def newest(self, *, thorough: bool = True) -> tuple[Path | None, dict[str, Any], dict[Path, str]]:
@@ -206,7 +204,7 @@ class RunFolder:
             log_size: size of the log, in bytes, when that checkpoint was written; 0 without a checkpoint.
             damaged: the damaged checkpoints that `newest` found.
         """
-        log = self.path / "log.jsonl"
+        log = self.path / filenames.LOG
         if damaged and not log_size and log.exists():
             log.replace(self.path / "log.damaged.jsonl")
         elif self.log_size > log_size:
@@ -241,7 +239,7 @@ class RunFolder:
             tidy(folder, ours=_OURS)
 
     def _append(self, lines: str) -> None:
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+        with (self.path / filenames.LOG).open("a", encoding="utf-8") as log:
             log.write(lines)
 
     def tidy_at_end(self, recipe: Recipe) -> None:
@@ -295,15 +293,15 @@ def _take(folder: RunFolder, until: ExitStack) -> None:
     def leave() -> None:
         if not folder.is_here:
             return
-        (path / PROGRESS).unlink(missing_ok=True)
+        (path / filenames.PROGRESS).unlink(missing_ok=True)
         if not folder.is_new:
             return
-        for name in (OWN_TEXT, REPAIR_TEXT, ".lock"):
+        for name in (filenames.CALIBRATION_TEXT, filenames.REPAIR_TEXT, ".lock"):
             (path / name).unlink(missing_ok=True)
-        if is_page(path / "report.html"):  # somebody may have asked for it meanwhile
-            (path / "report.html").unlink()
-        if marked_now or {place.name for place in path.iterdir()} == {MARK}:
-            (path / MARK).unlink(missing_ok=True)
+        if is_page(path / filenames.PAGE):  # somebody may have asked for it meanwhile
+            (path / filenames.PAGE).unlink()
+        if marked_now or {place.name for place in path.iterdir()} == {filenames.MARK}:
+            (path / filenames.MARK).unlink(missing_ok=True)
         if not existed and not any(path.iterdir()):
             path.rmdir()
 
@@ -316,7 +314,7 @@ def figures_of(run_dir: str | Path) -> dict[str, Any]:
     Raises:
         RunError: its pruning.json is missing or damaged.
     """
-    path = Path(run_dir) / "model" / "pruning.json"
+    path = Path(run_dir) / filenames.RESULT / filenames.PRUNING
     try:
         figures: dict[str, Any] = read_json(path)["figures"]
         numbers = [figures[key] for key in (*_NUMBERS, *(_OF_ZEROS if "nonzero_after" in figures else ()))]

@@ -22,7 +22,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
 from adapt_pruner.core.system.memory import usable_bytes
 from adapt_pruner.data.sources import SELF, domains
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.run.checkpoints import kept
@@ -222,9 +222,9 @@ def too_large(work: Work, how: Setup, *, free: int | None) -> str:
 
 def _ways_to_train(work: Work, how: Setup) -> Iterator[tuple[str, int]]:
     """Settings with which the same training takes less memory, with the bytes that it then needs."""
-    again, small = "training.gradient_checkpointing=true", f"training.micro_batch_tokens={how.length}"
-    yield f"--set {again}", most_bytes(work, replace(how, checkpointing=True))
-    yield f"--set {again} --set {small}", most_bytes(work, replace(how, checkpointing=True, micro_tokens=how.length))
+    again, small = {"training.gradient_checkpointing": True}, {"training.micro_batch_tokens": how.length}
+    yield settings(again), most_bytes(work, replace(how, checkpointing=True))
+    yield settings(again | small), most_bytes(work, replace(how, checkpointing=True, micro_tokens=how.length))
 
 
 def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str, int]]:

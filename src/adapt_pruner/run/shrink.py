@@ -19,12 +19,12 @@ from adapt_pruner.core.events import DEFAULT_TEXT, Listener, Progress
 from adapt_pruner.core.events.run import PlanLine
 from adapt_pruner.core.events.words import compact, counted, millions, span, typed
 from adapt_pruner.core.model.budget import parse_count
-from adapt_pruner.core.system import world
+from adapt_pruner.core.system import filenames, world
 from adapt_pruner.data.conversations import HELD_OUT
 from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.sources import domains, parts_of, written_spec
 from adapt_pruner.data.split import specs_of, split_off_heldout
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import UsageError, option
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of
@@ -137,17 +137,18 @@ def how_long(minutes: float | None, hours: float | None, tokens: str | None) -> 
     Raises:
         UsageError: none of the three is given, or more than one, or the one is not a valid time.
     """
-    given = {"--minutes": minutes, "--hours": hours, "--tokens": tokens}
+    given = {"minutes": minutes, "hours": hours, "tokens": tokens}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != 1:
-        trouble = f"{' and '.join(named)} all say how long it may take" if named else "shrink needs to know how long it may take"
-        raise UsageError(f"{trouble}; give one of --minutes 60, --hours 1 and --tokens 2M")
+        clash = f"{' and '.join(map(option, named))} all say how long it may take"
+        trouble = clash if named else "shrink needs to know how long it may take"
+        raise UsageError(f"{trouble}; give one of {option('minutes', 60)}, {option('hours', 1)} and {option('tokens', '2M')}")
     if tokens is not None:
         return None, parse_count(tokens)
     long = float(minutes if minutes is not None else 60 * (hours or 0.0))
     if not 0 < long <= _LONGEST:
-        most = _LONGEST // (60 if named[0] == "--hours" else 1)
-        raise UsageError(f"{named[0]} {given[named[0]]:g} is out of range; give {named[0][2:]} above 0 and up to {most:,}")
+        most = _LONGEST // (60 if named[0] == "hours" else 1)
+        raise UsageError(f"{option(named[0])} {given[named[0]]:g} is out of range; give {named[0]} above 0 and up to {most:,}")
     return long, None
 
 
@@ -184,7 +185,7 @@ def recipe_in_time(
     named = keys_of(overrides)
     if "about" in named:
         raise UsageError(
-            "--set about would replace the words by which shrink recognises a run that it continues; leave about out"
+            f"{option('settings')} about would replace the words by which shrink recognises a run that it continues; leave about out"
         )
     minutes, tokens = long
     spec = DEFAULT_TEXT if text is None else text
@@ -259,10 +260,10 @@ def planned(speed: Speed, work: Work, asked: Asked) -> Choice:
             why = f"since the text would be read {readings:.1f} times without them"
             choice, tokens = _planned(speed, work, asked, taught=why, enough=tokens)
     if tokens > MOST_REPEATS * asked.text_tokens:
-        less = "less time with --minutes" if asked.tokens is None else "fewer --tokens"
+        less = f"less time with {option('minutes')}" if asked.tokens is None else f"fewer {option('tokens')}"
         raise UsageError(
             f"the training text {work.recipe.training.source!r} has about {asked.text_tokens:,} tokens, and training on {tokens:,} would read it "
-            f"{tokens / max(1, asked.text_tokens):,.0f} times; at most {MOST_REPEATS:,} are allowed, so give a longer --text, "
+            f"{tokens / max(1, asked.text_tokens):,.0f} times; at most {MOST_REPEATS:,} are allowed, so give a longer {option('text')}, "
             f"or {less}"
         )
     return choice
@@ -316,7 +317,7 @@ def _planned(
     took = {
         "load": speed.load, "measure": windows * draft.window + answering, "prune": draft.prune, "train": tokens / draft.speed,
     }  # fmt: skip
-    own = "" if asked.own else " (Python's language reference, which teaches little beyond Python; name your own with --text)"
+    not_own = f" (Python's language reference, which teaches little beyond Python; name your own with {option('text')})"
     when = f"takes about {span(sum(took.values()))}" if asked.minutes is None else f"ends within {span(asked.left)}"
     lines = (
         f"machine: {speed.words}; with this model it reads {tokens_a_second(speed, work, 'read'):,.0f} tokens a second and trains on "
@@ -325,7 +326,7 @@ def _planned(
         f"reading {draft.way.samples} × {_CALIBRATION_ROW} tokens: about {span(took['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {batch:,} at a learning rate of {settings['training.lr']:g}, {what}: about "
         f"{span(took['train'])}",
-        f"text: {work.recipe.training.source}{own}; held out and measured: {windows} windows of {work.recipe.evaluation.source}",
+        f"text: {work.recipe.training.source}{'' if asked.own else not_own}; held out and measured: {windows} windows of {work.recipe.evaluation.source}",
         f"it {when}; a checkpoint every {settings['checkpoint_minutes']:g} min; Ctrl-C keeps the newest checkpoint, and the "
         "same command continues",
     )  # fmt: skip
@@ -448,10 +449,10 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, listen: Listen
     Raises:
         UsageError: that run has another model, size, text, tokens, seed or number format, or the folder holds something else.
     """
-    if not (out / "recipe.yaml").exists():
+    if not (out / filenames.RECIPE).exists():
         check_folder(out, plain, force=False)  # before the probe
         return None
-    recipe = recipes.read(str(out / "recipe.yaml"), overrides=overrides)
+    recipe = recipes.read(str(out / filenames.RECIPE), overrides=overrides)
     before, now = _options(recipe.about), _options(plain.about)
     if not before:
         raise UsageError(
@@ -467,7 +468,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, listen: Listen
         raise UsageError(
             f"{out} was started with another {' and another '.join(wrong)}; name another folder, or give what it was started with"
         )
-    if changed := recipes.differing(recipes.read(str(out / "recipe.yaml")), recipe):
+    if changed := recipes.differing(recipes.read(str(out / filenames.RECIPE)), recipe):
         again = [word for override in overrides for word in ("--set", override)]
         raise UsageError(
             f"{out} was started with another {' and another '.join(changed)}; name another folder, or continue with the new one by: "
@@ -475,7 +476,7 @@ def _begun(out: Path, overrides: Sequence[str], plain: Recipe, *, listen: Listen
         )
     recipe = recipe.model_copy(update={"device": plain.device})
     minutes, more = float(before.get("--minutes", 0)), float(now.get("--minutes", 0))
-    if not (minutes and more and recipe.minutes) or minutes == more or (out / "model").is_dir():
+    if not (minutes and more and recipe.minutes) or minutes == more or (out / filenames.RESULT).is_dir():
         return recipe
     listen(PlanLine(text=(
         f"the run may now take {more:g} minutes instead of {minutes:g}; training ends earlier if it has read all "

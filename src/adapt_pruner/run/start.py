@@ -26,7 +26,7 @@ from adapt_pruner.core.model.feed import Feed
 from adapt_pruner.core.model.kinds import BLOCKS, OF_THE_MODEL
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shards import stage_tokens
-from adapt_pruner.core.system import world
+from adapt_pruner.core.system import filenames, world
 from adapt_pruner.core.system.files import write_whole
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
@@ -34,8 +34,7 @@ from adapt_pruner.data.fixed import Rows, Written
 from adapt_pruner.data.overlap import overlaps, same_tokens
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import Source, domains, written_spec
-from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of
-from adapt_pruner.data.uses import token_uses
+from adapt_pruner.data.tokens import batches_of, calibration_ids, digest_of, token_uses
 from adapt_pruner.data.windows import MICRO_TOKENS, too_long
 from adapt_pruner.errors import RunError, UsageError, of_all
 from adapt_pruner.evaluate.anatomy import decoder_parameters, expert_parameters
@@ -45,7 +44,7 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
 from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to_write, written_texts
 from adapt_pruner.run.estimate import Setup, shapes
-from adapt_pruner.run.folder import OWN_TEXT, REPAIR_TEXT, writing
+from adapt_pruner.run.folder import writing
 from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
 from adapt_pruner.run.training import teacher_of
 from adapt_pruner.train.loop import whole_batches
@@ -400,7 +399,7 @@ def _calibration(work: Work, folder: Path | None, written: Written, *, begun: bo
         return lambda iteration: []
     keys = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
     if writes_text(recipe) and folder is not None:
-        path = folder / OWN_TEXT
+        path = folder / filenames.CALIBRATION_TEXT
         keys["ids"] = str(path)
         world.on_main(lambda: _kept_text(path, work, "calibration text", samples=keys["samples"], seed=recipe.seed, begun=begun))
     feed = work.task.calibration(
@@ -428,7 +427,7 @@ def _repair_text(work: Work, folder: Path | None, *, begun: bool) -> list[Tensor
     if folder is None:
         rows: Sequence[Tensor] = _written(work, work.model, "repair text", samples=samples, seed=seed).split(1)
     else:
-        path = folder / REPAIR_TEXT
+        path = folder / filenames.REPAIR_TEXT
         world.on_main(lambda: _kept_text(path, work, "repair text", samples=samples, seed=seed, begun=begun))
         rows = calibration_ids(str(path), vocab_size=work.model.config.vocab_size)
     return batches_of(rows, max_tokens=MICRO_TOKENS)

@@ -86,7 +86,7 @@ def loss_drop(
     batches: Sequence[Tensor],
     *,
     task: Task = CAUSAL_LM,
-    dtype: str = "auto",
+    dtype: str,
     on_axis: Callable[[int, int], None] = lambda done, of: None,
 ) -> Scores:
     """The loss with only this unit switched off: each unit is shut alone and the loss is measured.

@@ -268,7 +268,7 @@ def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str = "auto") -> float:
+def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str) -> float:
     """The mean loss over all predictions of `batches`, of a causal LM in nats per token; the model is left as found."""
     device = next(model.parameters()).device
     predicted = task.num_predicted(batches)
@@ -290,7 +290,7 @@ def score_sequentially(
     metric: Metric,
     known: Scores,
     task: Task = CAUSAL_LM,
-    dtype: str = "auto",
+    dtype: str,
 ) -> Scores:
     """Score units layer by layer, each layer on the output of the already pruned layers below it.
 

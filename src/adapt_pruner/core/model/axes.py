@@ -14,6 +14,7 @@ Units may stand in groups. `query_heads` lie inside KV heads, and every group mu
 head of each group. Scores and masks have an entry for every head, group by group; sizes and costs count units.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class Gate:
     """Where an entry of an axis can be shut without being cut. The kind says what shutting means:
 
         inputs      each entry owns `width` consecutive input features of the linear layer `module`; shutting sets them to zero
-        channels    each entry is a channel that the norms `module` and `also` read; shutting sets it to zero there
+        channels    each entry is a channel that `module` and `also` read, norms or linear layers; shutting sets it to zero there
         logits      each entry is a logit of the model, computed by `module`; shutting sets it to -inf: a token never said
         routed      each entry is an expert, which the router `module` may choose for a token; shutting sets its logit and its term in
                     each tensor of `also` to -inf: an expert that no token goes to
@@ -63,8 +64,8 @@ class Gate:
         module: the dotted name; for channels, that of the last norm, before the head.
         width: features of an entry, for inputs.
         kind: see above. Metrics never get an axis of kind `logits`.
-        also: for channels, the norms inside the layers; for routed, the parameters and buffers that the router adds to its scores when
-            it chooses.
+        also: for channels, the norms inside the layers, and the linear layers that read the stream without one; for routed, the
+            parameters and buffers that the router adds to its scores when it chooses.
         dim: for inputs, the dimension of the layer's weight that holds them: 1 for `nn.Linear`, 0 for GPT-2's `Conv1D`.
     """
 
@@ -101,7 +102,7 @@ class Axis:
         slices: the parts of parameters that shrink with the axis.
         fields: config fields that state the number of entries, each with the factor by which it counts an entry.
         attributes: dotted names of module attributes that state the number of units.
-        totals: dotted names of module attributes that state the number of entries.
+        counts: dotted names of module attributes that state the number of entries, each with the factor by which it counts an entry.
         buffers: the parts of buffers that shrink with the axis; they are no parameters and cost nothing.
         readers: modules that read `fields` from their `config` as they run; each gets a config that states its own layer's
             values.
@@ -122,6 +123,8 @@ class Axis:
             stream, the attention or MLP, and a norm after it if there is one. The output of the last is added to the stream.
         pattern: the kind of each unit, if the units that stay must be of the same kinds as the first units, in the same order;
             empty if any may stay.
+        stays: units that may not go.
+        firsts: config fields that state how many of the first units are of a kind; after a cut, how many of these have stayed.
     """
 
     name: str
@@ -131,7 +134,7 @@ class Axis:
     slices: tuple[Slice, ...] = ()
     fields: tuple[tuple[str, int], ...] = ()
     attributes: tuple[str, ...] = ()
-    totals: tuple[str, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
     buffers: tuple[Slice, ...] = ()
     readers: tuple[str, ...] = ()
     pins: tuple[tuple[str, Any], ...] = ()
@@ -147,6 +150,8 @@ class Axis:
     fewest: int = 1
     per_token: int = 0
     pattern: tuple[str, ...] = ()
+    stays: tuple[int, ...] = ()
+    firsts: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -368,6 +373,7 @@ class Mask:
                     f"{axis.name} has {axis.entries} units but scores {None if score is None else tuple(score.shape)}"
                 )
             keep = torch.zeros(axis.groups, axis.size, dtype=torch.bool)
+            score = score.index_fill(0, torch.tensor(axis.stays, dtype=torch.long), math.inf)
             if axis.pattern:
                 best = torch.tensor([in_pattern(axis.pattern, score.tolist(), sizes[axis.name])], dtype=torch.long)
             else:
@@ -403,6 +409,8 @@ def in_pattern(pattern: Sequence[str], scores: Sequence[float], count: int) -> l
 def _check_something_stays(axis: Axis, keep: Tensor) -> None:
     if not keep.any() and not axis.may_be_empty:
         raise ValueError(f"mask of {axis.name!r} keeps nothing; at least one of its {keep.numel()} units must stay")
+    if gone := [unit for unit in axis.stays if not keep[unit]]:
+        raise ValueError(f"mask of {axis.name!r} removes unit {gone[0]}, without which the model does not run")
     if axis.fewest > 1 and (left := int(keep.view(axis.groups, -1).sum(dim=1).min())) < axis.fewest:
         raise ValueError(
             f"mask of {axis.name!r} keeps {left} of {axis.size} units; at least {axis.fewest} must stay, since a token needs them"

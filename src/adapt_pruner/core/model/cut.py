@@ -74,7 +74,7 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
         weight: Any = getattr(model.get_submodule(name), "weight", None)
         if weight is None:
             continue
-        features, owned = weight.shape[gate.dim if gate.is_linear else 0], axis.entries * gate.width
+        features, owned = weight.shape[{"inputs": gate.dim, "channels": -1}.get(gate.kind, 0)], axis.entries * gate.width
         if features != owned:
             raise ValueError(f"the gate of {axis.name} has {features:,} features at {name}, of which its entries own {owned:,}")
 
@@ -223,12 +223,11 @@ def cut(
         if tensors_too is not None and old in tensors_too:
             tensors_too[new] = _at(tensors_too.pop(old), index)
     for axis in axes:
-        for name in axis.attributes:
+        entries = int(mask.of(axis).sum())
+        stated = dict.fromkeys(axis.attributes, sizes[axis.name]) | {name: entries * factor for name, factor in axis.counts}
+        for name, number in stated.items():
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, sizes[axis.name])
-        for name in axis.totals:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, int(mask.of(axis).sum()))
+            setattr(model.get_submodule(owner), leaf, number)
         for piece in axis.buffers:
             owner, _, leaf = piece.parameter.rpartition(".")
             stays = mask.of(axis).nonzero().flatten()
@@ -240,7 +239,7 @@ def cut(
         if axis.indices and axis.name in shrinking:
             _renumber(model, axis.indices, mask[axis.name])
         for name in axis.readers:
-            fields = {field: int(mask.of(axis).sum()) * units for field, units in axis.fields}
+            fields = {field: entries * units for field, units in axis.fields}
             setattr(model.get_submodule(name), "config", _OwnConfig(model.config, **fields))  # noqa: B010 (its type is not a module's)
     if optimizer is not None:
         _forget(optimizer, _gone(model, axes, mask))
@@ -433,6 +432,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     if depth is not None:
         for field, _ in depth.fields:
             setattr(config, field, len(stayed))
+        for name in depth.firsts:
+            setattr(config, name, sum(old < getattr(config, name) for old in stayed))
         for name in depth.lists:
             if getattr(config, name, None) is not None and len(getattr(config, name)) == depth.size:
                 setattr(config, name, [getattr(config, name)[i] for i in stayed])

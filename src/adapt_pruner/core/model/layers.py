@@ -1,5 +1,6 @@
 """Run a model's decoder layers one after the other, forwards and backwards, so that a caller can act between two layers."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.cut import first
+from adapt_pruner.core.model.modeling_pruned import STACKS, name_in
 from adapt_pruner.core.model.precision import casting_once, precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
@@ -23,12 +25,13 @@ def decoder_layers(model: Any, axes: Iterable[Axis] = ()) -> Any:
 
     Args:
         model: causal LM.
-        axes: its axes. Without an axis `layers` among them, this returns transformers' `get_decoder().layers`.
+        axes: its axes. Without an axis `layers` among them, this returns the list of that name (or GPT-2's `h`) in `get_decoder()`.
     """
     for axis in axes:
         if axis.name == "layers":
             return model.get_submodule(axis.gate.module)
-    return model.get_decoder().layers
+    decoder = model.get_decoder()
+    return getattr(decoder, name_in(decoder, STACKS))
 
 
 @dataclass
@@ -59,7 +62,7 @@ class Stream:
 
 @torch.no_grad()
 def streams(
-    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str = "auto"
+    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str
 ) -> list[Stream]:
     """Each batch as it enters the first decoder layer; no layer is run for this.
 
@@ -79,7 +82,7 @@ def streams(
 
 
 @torch.no_grad()
-def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str = "auto") -> Tensor:
+def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str) -> Tensor:
     """The summed loss of a batch whose hidden states after the last decoder layer are `leaving`; no layer is run.
 
     Args:
@@ -121,9 +124,11 @@ def _standing_in(layers: Any, leaving: Tensor | None = None) -> Iterator[tuple[l
     keywords: list[dict[str, Any]] = []
     modules = list(layers)
 
-    def forward(hidden_states: Tensor, **others: Any) -> Tensor:
+    names = list(inspect.signature(modules[0].forward).parameters)[1:] if modules else []
+
+    def forward(hidden_states: Tensor, *args: Any, **others: Any) -> Tensor:
         entered.append(hidden_states)
-        keywords.append(others)
+        keywords.append(dict(zip(names, args, strict=False)) | others)
         return hidden_states if leaving is None or len(entered) < len(modules) else leaving
 
     try:

@@ -19,7 +19,8 @@ import json
 import torch
 import transformers
 from torch import nn
-from transformers import MODEL_MAPPING, PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel, modeling_layers
+from transformers.pytorch_utils import Conv1D
 
 if not hasattr(transformers.LlamaConfig, "is_heterogeneous"):
     raise ImportError(
@@ -75,7 +76,8 @@ class _Nothing(nn.Module):
         nothing = torch.zeros_like(hidden_states)
         if self.layer_idx is None:
             return nothing
-        cache = others.get("cache", others.get("past_key_values"))  # transformers' present name, and its former one
+        names = ("cache", "layer_past", "past_key_values")  # transformers' name, that of GPT-NeoX, and the former one
+        cache = next((others[name] for name in names if name in others), None)
         if hasattr(cache, "get_seq_length"):  # which the cache of continuous batching has not
             cache.update(nothing[:, None, :, :1], nothing[:, None, :, :1], self.layer_idx)
         return nothing, None
@@ -152,6 +154,8 @@ NORMS = (  # of a layer: those before and after its attention, those before and 
     (("input_layernorm",), (), ("post_attention_layernorm",), ()),
     (("attention_layernorm",), (), ("feedforward_layernorm",), ()),
     (("operator_norm",), (), ("ffn_norm",), ()),
+    (("ln_1",), (), ("ln_2",), ()),
+    (("norm_1",), (), ("norm_2",), ()),
     (("input_layernorm",), (), ("pre_feedforward_layernorm",), ()),
     (("input_layernorm",), (), ("pre_ff_layernorm",), ()),
     (("input_layernorm",), ("post_attention_layernorm",), ("pre_feedforward_layernorm",), ("post_feedforward_layernorm",)),
@@ -161,8 +165,22 @@ NORMS = (  # of a layer: those before and after its attention, those before and 
     (("operator_norm",), ("post_operator_norm",), ("ffn_norm",), ("post_ffn_norm",)),
     ((), ("post_attention_layernorm",), (), ("post_feedforward_layernorm",)),
 )
-MLPS = ("mlp", "feed_forward")
-OUTPUTS = ("o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2")  # linear layers that write to the stream
+STACKS = ("layers", "h", "blocks")  # what a decoder calls the list of its layers
+ATTENTIONS = ("self_attn", "attn", "attention", "self_attention")
+MLPS = ("mlp", "feed_forward", "ffn")
+OUTPUTS = (  # linear layers that write to the stream
+    "o_proj", "out_proj", "dense", "down_proj", "c_proj", "fc2", "w2", "dense_4h_to_h", "fc_out",
+)  # fmt: skip
+
+
+def name_in(module, names):
+    """The first of these names under which a module has something; empty if it has none."""
+    return next((name for name in names if hasattr(module, name)), "")
+
+
+def ends_of(linear):
+    """How many features a linear layer reads and how many it writes; GPT-2's `Conv1D` stores its weight the other way round."""
+    return list(linear.weight.shape) if isinstance(linear, Conv1D) else list(reversed(linear.weight.shape))
 
 
 def norms_of(layer):
@@ -175,8 +193,32 @@ def norms_of(layer):
 def _blocks(layer):
     """What a `skip` of the config names -> the block of a layer, and the norms that go with it."""
     norms = norms_of(layer)
-    mlp = next((name for name in MLPS if hasattr(layer, name)), "mlp")
-    return {"attention": ("self_attn", *norms[0], *norms[1]), "mlp": (mlp, *norms[2], *norms[3])}
+    attention, mlp = name_in(layer, ATTENTIONS), name_in(layer, MLPS)
+    return {"attention": (attention, *norms[0], *norms[1]), "mlp": (mlp, *norms[2], *norms[3])}
+
+
+def has_narrow_heads(config):
+    """Whether the heads of a layer together are not as wide as the stream, though its class makes them so (`keeps_head_dim`)."""
+    keeps = getattr(config, "keeps_head_dim", False)
+    return keeps and config.num_attention_heads * config.head_dim != config.hidden_size
+
+
+def _built(layer_class, config, index):
+    """A layer by its class. One with narrow heads gets an attention that is built for a stream as wide as these, with other ends."""
+    if not has_narrow_heads(config):
+        return layer_class(config, index)
+    layer = layer_class(_OwnConfig(config, num_attention_heads=1, num_key_value_heads=1), index)
+    name = name_in(layer, ATTENTIONS)
+    narrow = _OwnConfig(config, hidden_size=config.num_attention_heads * config.head_dim)
+    attention = type(getattr(layer, name))(narrow, layer_idx=index)
+    for part, linear in list(attention.named_children()):
+        if isinstance(linear, (nn.Linear, Conv1D)):
+            ends = ends_of(linear)
+            ends[part in OUTPUTS] = config.hidden_size
+            turned = isinstance(linear, Conv1D)
+            setattr(attention, part, Conv1D(*reversed(ends)) if turned else nn.Linear(*ends, bias=linear.bias is not None))
+    setattr(layer, name, attention)
+    return layer
 
 
 class _Pruned(_WithoutLayers):
@@ -185,8 +227,8 @@ class _Pruned(_WithoutLayers):
         layer_class = self._can_record_outputs["hidden_states"]
         for index in range(config.num_hidden_layers):
             own = layer_config(config, index)
-            layer = layer_class(own, index)
-            attention = getattr(layer, "self_attn", None)
+            layer = _built(layer_class, own, index)
+            attention = getattr(layer, name_in(layer, ATTENTIONS) or "self_attn", None)
             if attention is not None:
                 attention.config = config  # so that a later choice of the attention kernel reaches every layer
                 if config.is_heterogeneous:
@@ -199,7 +241,7 @@ class _Pruned(_WithoutLayers):
                 setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
                 for norm in norms:
                     setattr(layer, norm, nn.Identity())
-            self.layers.append(layer)
+            getattr(self, name_in(self, STACKS)).append(layer)
         self.post_init()
 
 
@@ -213,7 +255,7 @@ def _add_output_biases(layer):
 class _PrunedForCausalLM(_WithoutLayers):
     def __init__(self, config):
         super().__init__(config)
-        self.model = self.base_class(config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
         self.post_init()
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -233,7 +275,7 @@ class _PrunedForSequenceClassification:
     def __init__(self, config):
         PreTrainedModel.__init__(self, config)  # the stock constructor would ask AutoModel, which does not have this file
         self.num_labels = config.num_labels
-        self.model = self.base_class(config)
+        setattr(self, self.base_model_prefix, self.base_class(config))
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=self.biased)
         self.post_init()
 
@@ -249,6 +291,7 @@ class _PrunedForTokenClassification(_PrunedForSequenceClassification):
 
 KINDS = {
     "Config": _PrunedConfig,
+    "LMHeadModel": _PrunedForCausalLM,  # as GPT-2 calls it
     "Model": _Pruned,
     "ForCausalLM": _PrunedForCausalLM,
     "ForSequenceClassification": _PrunedForSequenceClassification,
@@ -260,12 +303,13 @@ def class_called(name, prefix, kinds, find):
     """The class of that name in the file that `find` looks into: the stock class whose name follows the prefix, built as its kind says."""
     stock = getattr(transformers, name.removeprefix(prefix), None) if name.startswith(prefix) else None
     kind = next((kind for kind in kinds if name.endswith(kind)), None)
-    if stock is None or kind is None:
+    generic = getattr(modeling_layers, f"Generic{kind}", None)  # of classifiers; some models have others, such as GPT-2
+    if stock is None or kind is None or (generic and not issubclass(stock, generic)):
         raise AttributeError(f"module {find.__module__!r} has no attribute {name!r}")
     fields = {"__module__": find.__module__}
     if kind != "Config":
         fields["config_class"] = find(prefix + stock.config_class.__name__)
-    if kind.startswith("For"):
+    if kind not in ("Config", "Model"):
         fields["base_class"] = find(prefix + MODEL_MAPPING[stock.config_class].__name__)
     return type(name, (kinds[kind], stock), fields)
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from adapt_pruner.core.system import filenames
 from adapt_pruner.errors import UsageError
 
 MOST_TEXT = 2**28
@@ -166,8 +167,8 @@ def tidy(folder: Path, *, ours: str | None = None) -> None:
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's weights: model.safetensors, else the files that its index names; 0 if there is neither."""
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file() and index.is_file():
+    index, names = folder / filenames.WEIGHTS_INDEX, {filenames.WEIGHTS}
+    if not (folder / filenames.WEIGHTS).is_file() and index.is_file():
         with suppress(OSError, ValueError, KeyError, AttributeError, TypeError):  # who loads the weights tells of a damaged one
             names = set(json.loads(read_plain(index))["weight_map"].values())
     return sum(file.stat().st_size for name in names if (file := folder / str(name)).is_file())
@@ -306,20 +307,8 @@ def _remove_abandoned(path: Path) -> None:
         os.close(handle)
 
 
-MARK = ".adapt-pruner"
-"""The file in a folder that says what the folder is."""
-
 PAGE_FOOT = "Written by adapt-pruner"
 """The text at the foot of every page."""
-
-WEIGHT_MASK_FILE = "sparsity/weight_mask.safetensors"
-"""The file of a mask over weights, within a model folder (see `checkpoint.weight_mask_file`)."""
-
-UNMERGED_FILE = "lora.safetensors"
-"""The file of LoRA adapters in training, within a checkpoint of a run (see `checkpoint.state`)."""
-
-PROGRESS = "progress.json"
-"""The file in a run's folder that says where the run stands (see `core.events.progress`)."""
 
 _DOCTYPE = b"<!doctype html"
 
@@ -332,13 +321,13 @@ def mark(folder: Path, kind: str) -> bool:
     """
     if is_marked(folder, kind):
         return False
-    write_whole(folder / MARK, f"adapt-pruner {kind}\n")
+    write_whole(folder / filenames.MARK, f"adapt-pruner {kind}\n")
     return True
 
 
 def is_marked(folder: Path, kind: str) -> bool:
     """Whether a folder bears the mark of its kind."""
-    place = folder / MARK
+    place = folder / filenames.MARK
     with suppress(OSError, ValueError):
         return place.is_file() and not place.is_symlink() and place.read_text(encoding="utf-8") == f"adapt-pruner {kind}\n"
     return False

@@ -102,18 +102,13 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
             finally:
                 dist.destroy_process_group()
     except RuntimeError as error:
-        if not _is_of_the_others(error):
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # another process could not be reached
             raise
         trouble = RunError(
             f"another process has ended or cannot be reached ({first_line(error)}); see its message, then run the same command, "
             "which continues from the last checkpoint"
         )
         raise of_all(trouble) if met else trouble from error  # a process that meets no other may be the only one
-
-
-def _is_of_the_others(error: RuntimeError) -> bool:
-    """Whether a torch error means that another process could not be reached."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def share(items: Sequence[T]) -> Sequence[T]:

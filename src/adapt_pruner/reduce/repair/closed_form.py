@@ -265,7 +265,7 @@ def mean_bias(
     batches: Sequence[Tensor],
     *,
     task: Task = CAUSAL_LM,
-    dtype: str = "auto",
+    dtype: str,
 ) -> None:
     """Add the mean contribution of the removed features, in place, to the bias of their layer: b ← b + W_r · mean(x_r).
 

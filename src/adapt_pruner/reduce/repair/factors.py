@@ -43,7 +43,7 @@ def rescale_blocks(
     *,
     steps: int = 1,
     task: Task = CAUSAL_LM,
-    dtype: str = "auto",
+    dtype: str,
     warn: Callable[[str], None] = lambda message: None,
     tell: Callable[[float], None] = lambda share: None,
 ) -> list[float]:
