@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -353,7 +354,8 @@ def write_page(minutes: float) -> None:
         if missing:
             how += f" Not measured yet: {', '.join(missing)}."
         shown = [f"![{path.stem}]({path.name})" for path in written]
-        parts.append("\n\n".join([f"## {model.title}", verdict(points), *shown, "\n".join(table(points)), how]))
+        said = [textwrap.fill(words, 118, break_long_words=False) for words in (verdict(points), how)]
+        parts.append("\n\n".join([f"## {model.title}", said[0], *shown, "\n".join(table(points)), said[1]]))
     page = PAGE.read_text(encoding="utf-8")
     made = f"{_BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{_END}"
     write_whole(PAGE, re.sub(f"{re.escape(_BEGIN)}.*{re.escape(_END)}", lambda _: made, page, flags=re.DOTALL))

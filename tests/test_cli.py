@@ -1,5 +1,6 @@
 """The command line: its contract, and one sentence with an exit status for everything that goes wrong."""
 
+import io
 import json
 import os
 import re
@@ -465,16 +466,16 @@ def test_an_interrupt_that_python_drops_comes_again(ask: Any, monkeypatch: pytes
     assert (status, went_on, "interrupted" in one_sentence(err)) == (1, [], True)
 
 
-@pytest.mark.parametrize("when", ["scoring", "training", "start"])
+@pytest.mark.parametrize("when", ["training", "start"])
 def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    """A real SIGINT while it scores, while it trains, and while it starts."""
+    """A real SIGINT while it trains, and while it starts; test_resume sends them at random moments, of scoring among others."""
     (tmp_path / "recipe.yaml").write_text(
         f"method: adapt-pruner\nmodel: {tiny_folder}\nbudget: 60%\nstep: 0.0005\ncalibration: {{source: {text_file}, samples: 64, length: 64}}\n"
         if when != "training"
         else f"method: adapt-pruner\nmodel: {tiny_folder}\nbudget: 90%\nstep: 1\ncalibration: {{source: {text_file}, samples: 4, length: 32}}\n"
         f"training: {{source: {text_file}, tokens: 1M, batch_tokens: 256, length: 64}}\n"
     )
-    wait_for = {"scoring": "iteration 1", "training": "stage-1-pruned", "start": "loading"}[when]
+    wait_for = {"training": "stage-1-pruned", "start": "loading"}[when]
     process = subprocess.Popen(
         [*COMMAND, "run", "recipe.yaml", "-o", "run"], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -498,32 +499,35 @@ def test_ctrl_c(when: str, tiny_folder: Path, text_file: Path, tmp_path: Path) -
     assert not list(tmp_path.rglob("*.partial-*"))
 
 
-def test_results_on_a_terminal_of_another_encoding(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_results_on_a_terminal_of_another_encoding(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["prune", tiny_folder, "-o", tmp_path / "out", "--params", "80%", *small(text_file)]
-    done = subprocess.run(
-        [*COMMAND, *map(str, words)], capture_output=True, check=False, env=os.environ | {"PYTHONIOENCODING": "latin-1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert b"loss on the calibration text" in done.stdout
-    assert rb"\u2192" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["adapt-pruner", *map(str, words)])
+    monkeypatch.setattr(sys, "stdout", terminal := io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    terminal.seek(0)
+    assert "loss on the calibration text" in (said := terminal.read())
+    assert r"\u2192" in said
 
 
 LEFT_WAITING = """
 import signal, threading, time
-from adapt_pruner import cli
-from adapt_pruner.checkpoint import load
+from adapt_pruner import cli, recipe
 def interrupted(*_, **__):
     threading.Thread(target=threading.Event().wait).start()
     signal.raise_signal(signal.SIGINT)
-load.load = interrupted
+recipe.methods = interrupted
 cli._TO_END = 0.5
 cli.program()
 """
 
 
-def test_ctrl_c_when_a_thread_of_a_library_waits_for_ever(tiny_folder: Path) -> None:
+def test_ctrl_c_when_a_thread_of_a_library_waits_for_ever() -> None:
     """Python would wait for the thread, as it does if an interrupt leaves the lock of a pool's semaphore held."""
-    command = [sys.executable, "-P", "-c", LEFT_WAITING, "inspect", str(tiny_folder)]
+    command = [sys.executable, "-P", "-c", LEFT_WAITING, "methods"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANGS)
     assert (done.returncode, done.stdout) == (1, "")
     assert "interrupted" in one_sentence(done.stderr)

@@ -1,7 +1,6 @@
 """Comparisons that are stopped, killed or asked for what cannot be: nothing is lost, and each is said in a sentence."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -52,7 +51,8 @@ def test_an_interrupt_keeps_what_is_finished(
     assert not (out / "models").exists(), "what a killed process left goes"
 
 
-def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_process_of_the_cell(ask: Ask, tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    """Until then nobody else can use the folder."""
     slow = ["--set", "step=0.0005", "--calibration", text_file, "--set", "calibration.length=64", "--draws", 1]
     command = [*COMMAND, *map(str, words(tiny_folder, text_file, tmp_path / "out", *slow, methods="uniform", params="60%"))]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -66,6 +66,8 @@ def test_ctrl_c_ends_the_process_of_the_cell(tiny_folder: Path, text_file: Path,
         assert process.poll() is None, seen
         time.sleep(0.01)  # until the cell's process works in earnest
     assert len(children) == 1, seen
+    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1))
+    assert (status, f"in use by process {process.pid}" in one_sentence(err)) == (2, True)
     process.send_signal(signal.SIGINT)
     said, rest = process.communicate(timeout=HANGS)
     assert process.returncode == 1, seen + rest
@@ -218,14 +220,4 @@ def test_bad_places_and_no_text(
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out"))
     assert (status, "without torchrun" in one_sentence(err)) == (2, True)
-    monkeypatch.delenv("WORLD_SIZE")
-    command = [*COMMAND, *map(str, words(tiny_folder, text_file, tmp_path / "out", "--draws", 1))]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ)
-    lock = tmp_path / "out" / ".lock"
-    while not (lock.exists() and lock.read_text() == str(process.pid)) and process.poll() is None:
-        time.sleep(0.05)
-    status, _, err = ask(*words(tiny_folder, text_file, tmp_path / "out", "--draws", 1))
-    assert (status, f"in use by process {process.pid}" in one_sentence(err)) == (2, True)
-    process.terminate()
-    process.wait(timeout=HANGS)
     assert pruned_here == []

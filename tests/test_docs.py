@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
 
 from adapt_pruner import cli, recipe
 from adapt_pruner.errors import UsageError
@@ -149,12 +150,11 @@ def test_make_docs_installs_what_it_imports() -> None:
     )
     imported = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.lower().split()
     installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["docs"]
-    waiting, known = [re.match(r"[\w-]+", line)[0].lower() for line in installed], {"adapt-pruner"}  # type: ignore[index]
+    waiting, known = [Requirement(line) for line in installed], {"adapt-pruner"}
     while waiting:
-        name = waiting.pop()
-        if name not in known:
-            known.add(name)
-            needs = [need for need in importlib.metadata.requires(name) or [] if "extra ==" not in need]
-            waiting += [re.match(r"[\w.-]+", need)[0].lower() for need in needs]  # type: ignore[index]
+        need = waiting.pop()
+        if need.name.lower() not in known and (need.marker is None or need.marker.evaluate({"extra": ""})):
+            known.add(need.name.lower())
+            waiting += [Requirement(line) for line in importlib.metadata.requires(need.name) or []]
     assert {name.replace("_", "-") for name in imported} - {name.replace("_", "-") for name in known} == set()
     assert "torch" not in known

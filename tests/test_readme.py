@@ -46,6 +46,7 @@ def test_the_readme_as_written(tmp_path: Path) -> None:
     assert "writing" not in told[0].replace("writing the model", ""), "the page says that the model writes no text here"
     assert inspect.count("\n") > 30
     assert "134,515,008" not in inspect
+    assert len({line.split()[3] for line in inspect.splitlines()[1:31]}) > 2, "layers differ"
     perplexity = float(re.search(r"small +[\d,]+ +500 MB +([\d.]+)", measure)[1])  # type: ignore[index]
     assert 10 < perplexity < 60, "the dense model reads this text at about 17"
     assert "nothing was written" in dry_run

@@ -277,7 +277,7 @@ def num_active(model: nn.Module, axes: Sequence[Axis], mask: Mask = Mask()) -> i
                 model, [piece for piece in axis.slices if not piece.parameter.startswith(f"{axis.gate.module}.")]
             )
             idle += max(0, int(mask.of(axis).sum()) - axis.per_token) * of_expert
-    return num_left(model, axes, mask) - idle
+    return (num_left(model, axes, mask) if mask.kept else count_parameters(model)) - idle
 
 
 def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Parameter]:
