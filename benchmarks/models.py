@@ -90,7 +90,7 @@ def in_llama_cpp(kind: str) -> bool:
     """Whether a tiny model of a type, written as GGUF, computes in llama.cpp what it computes in torch, as `adapt-pruner verify` finds."""
     tokenizer = load(TOKENIZER).tokenizer
     config = admission.shrunk(AutoConfig.for_model(kind, **DEFAULTS.get(kind, {})))
-    config.vocab_size = len(tokenizer)
+    config.vocab_size, config.tie_word_embeddings = len(tokenizer), True
     if hasattr(config, "query_pre_attn_scalar"):
         config.query_pre_attn_scalar = config.head_dim  # as in the models of this type that llama.cpp reads
     with tempfile.TemporaryDirectory() as place:

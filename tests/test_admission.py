@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 import adapt_pruner as ap
 from adapt_pruner import families
@@ -18,6 +19,7 @@ from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.anatomy import anatomy
+from adapt_pruner.export.loading import GGUF_TYPES
 from adapt_pruner.families import admission, convention
 from conftest import VOCAB
 
@@ -173,3 +175,18 @@ def test_an_axis_of_a_layer_with_experts_or_linear_attention_is_left_out() -> No
 def test_a_layer_says_how_many_experts_it_has_and_how_wide_they_are(kind: str, experts: list[tuple[int, int]]) -> None:
     layers = anatomy(_model(kind))["layers"]
     assert [(layer["experts"], layer["expert_neurons"]) for layer in layers] == experts
+
+
+def test_the_table_of_types_answers_by_name() -> None:
+    """From the command line and on the page: GGUF is a yes only for types of which a file passed `verify` in llama.cpp."""
+    from adapt_pruner.cli import app
+
+    listed = CliRunner().invoke(app, ["models", "gpt-neox"])
+    assert listed.exit_code == 0, listed.output
+    assert all(word in listed.output for word in ("gpt_neox", "GGUF"))
+    types = families.checked()
+    assert {kind for kind, row in types.items() if row["gguf"]} == GGUF_TYPES.keys()
+    assert sum({"neurons", "kv_heads"} <= set(row["axes"]) for row in types.values()) >= 50
+    assert sum({"layers", "vocabulary"} <= set(row["axes"]) for row in types.values()) >= 90
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    assert all(name in page for name in ("Mixtral", "granite", "MLX", "Pythia", "GPT-2", "DeepSeek", *types))
