@@ -77,12 +77,12 @@ def of_gguf(path: Path) -> Weights:
 
     def heads(key: str) -> int:
         """Outputs of all layers' queries or keys where they are one matrix with the values: heads times their size."""
-        found = {
+        sizes = {
             name.partition(".attention.")[2]: field.contents() for name, field in reader.fields.items() if ".attention." in name
         }
-        count = found.get(key, found["head_count"])
+        count = sizes.get(key, sizes["head_count"])
         each = count if isinstance(count, list) else [count] * len(layers)
-        return int(found.get("key_length", width // max(each))) * sum(map(int, each))
+        return int(sizes.get("key_length", width // max(each))) * sum(map(int, each))
 
     fused = any(name.endswith(".attn_qkv.weight") for name in by_name)
 
