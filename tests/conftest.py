@@ -28,8 +28,8 @@ from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
-from adapt_pruner.families import admission
 from adapt_pruner.export import plain
+from adapt_pruner.families import admission
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
 from strangers import talking_to_a_fork
 
