@@ -39,7 +39,7 @@ for line in sys.stdin:
         status = 1
         try:
             signal.alarm(900)
-            os.chdir(asked["folder"])
+            os.chdir(asked["at"])
             for stream, path in ((1, asked["said"]), (2, asked["wrong"])):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             if asked["asked"]:
@@ -121,9 +121,9 @@ def _forked(code: str, *words: str | Path, folder: Path, package: Path | None = 
 def _begun(
     code: str, *words: str | Path, folder: Path, package: Path | None = None, asked: Path | None = None, **environment: str
 ) -> Any:
-    """The server, which has been told to fork; it says the exit status in a line."""
+    """The server, which has been told to fork; it says the exit status in a line. A process that is `asked` is in the current folder."""
     question = {
-        "code": code, "words": [str(word) for word in words], "modules": str(folder / "modules"), "folder": str(folder),
+        "code": code, "words": [str(word) for word in words], "modules": str(folder / "modules"), "at": str(Path.cwd() if asked else folder),
         "said": str(folder / "said.txt"), "wrong": str(folder / "wrong.txt"), "package": package and str(package),
         "asked": asked and str(asked), "environment": environment,
     }  # fmt: skip
