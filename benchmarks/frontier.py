@@ -262,6 +262,8 @@ def verdict(points: Sequence[Figures]) -> str:
     plain = [point for point in ahead if not is_pruned(point)]
     names = "; ".join(f"{title(point)} ({point['bytes'] / 1e6:.0f} MB, {point['mean']:.3f})" for point in ahead)
     listed = f"Files that no smaller one equals in bits per byte, the smallest first: {names}."
+    if not any(map(is_pruned, points)):
+        return f"No pruned file has been measured yet. {listed}"
     if not pruned:
         return f"**No pruned file is worth its bytes: quantise alone.** {listed}"
     if pruned[-1]["bytes"] < min((point["bytes"] for point in plain), default=math.inf):
@@ -352,7 +354,7 @@ def write_page(minutes: float) -> None:
         how += f"Bits per byte over {' or '.join(map(str, windows))} windows of {WINDOW} tokens of each text."
         missing = [f"{_arm(arm)}" for arm in ARMS if not any(point["arm"] == arm for point in points)]
         if missing:
-            how += f" Not measured yet: {', '.join(missing)}."
+            how += f" Not measured yet: {'; '.join(missing)}."
         shown = [f"![{path.stem}]({path.name})" for path in written]
         said = [textwrap.fill(words, 118, break_long_words=False) for words in (verdict(points), how)]
         parts.append("\n\n".join([f"## {model.title}", said[0], *shown, "\n".join(table(points)), said[1]]))

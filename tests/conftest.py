@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Span
+from adapt_pruner.export import plain
 from adapt_pruner.families import admission
 from adapt_pruner.train.loop import TrainConfig, TrainState, steps
+from strangers import talking_to_a_fork
 
 os.fsync = lambda handle: None  # what a machine loses that loses its power is not tested, and a fsync takes 30 ms
 atexit.register(shutil.rmtree, os.environ["ADAPT_PRUNER_CACHE"], ignore_errors=True)  # it may hold a real model
@@ -140,6 +142,14 @@ def pytest_collection_finish() -> None:
     """What has been imported by now stays: no collection looks through its million objects again, which takes a third of a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_strangers() -> Iterator[None]:
+    """`verify` opens folders in forks of one process, which spares each the import of transformers; test_children starts the real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain, "talking", talking_to_a_fork)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,26 @@
 """Processes forked from one that has imported stock transformers, which takes seconds, and has never seen this package.
 
-`ask_a_stranger` runs code where this package cannot be imported; `command_of` runs the command line of a copy of this package.
+`ask_a_stranger` runs code where this package cannot be imported; `command_of` runs the command line of a copy of this package;
+`talking_to_a_fork` is the process of `verify`.
 
 Not the fork server of multiprocessing: there is one in a process, and that of test_resume has imported this package.
 """
 
 import atexit
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+from adapt_pruner.core.system.processes import Child
 
 SERVER = """
 import sys
@@ -31,9 +39,11 @@ for line in sys.stdin:
         status = 1
         try:
             signal.alarm(900)
-            os.chdir(asked["folder"])
+            os.chdir(asked["at"])
             for stream, path in ((1, asked["said"]), (2, asked["wrong"])):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            if asked["asked"]:
+                os.dup2(os.open(asked["asked"], os.O_RDONLY), 0)
             transformers.dynamic_module_utils.HF_MODULES_CACHE = asked["modules"]
             torch.set_num_threads(1)
             sys.argv = ["-c", *asked["words"]]
@@ -81,17 +91,43 @@ def command_of(source: Path, *words: str, folder: Path, **environment: str) -> t
     return int(status), wrong
 
 
+@contextmanager
+def talking_to_a_fork(command: Sequence[str], *, silent: str) -> Iterator[Child]:
+    """As `processes.talking` with the command of `verify`, PYTHON -P FILE WORDS …: the same file with the same words, forked."""
+    _, _, file, *words = command
+    with tempfile.TemporaryDirectory() as folder:
+        said, asked = Path(folder) / "said.txt", Path(folder) / "asked"
+        os.mkfifo(said)
+        os.mkfifo(asked)
+        code = f"import runpy; runpy.run_path({file!r}, run_name='__main__')"
+        server = _begun(code, *words, folder=Path(folder), asked=asked)
+        with said.open("rb") as answers, asked.open("wb") as questions:
+            wait = cache(lambda: server.stdout.readline().strip())
+            try:
+                yield Child(cast(Any, SimpleNamespace(stdin=questions, stdout=answers, wait=wait)), silent)
+            finally:
+                with suppress(BrokenPipeError):  # it may have ended before it read the last question
+                    questions.close()
+                wait()
+
+
 def _forked(code: str, *words: str | Path, folder: Path, package: Path | None = None, **environment: str) -> tuple[str, str, str]:
     """The exit status, stdout and stderr of a forked process; the status is empty if there was none."""
-    said, wrong = folder / "said.txt", folder / "wrong.txt"
-    asked = {
-        "code": code, "words": [str(word) for word in words], "modules": str(folder / "modules"), "folder": str(folder),
-        "said": str(said), "wrong": str(wrong), "package": package and str(package), "environment": environment,
+    status = _begun(code, *words, folder=folder, package=package, **environment).stdout.readline().strip()
+    texts = (path.read_text(encoding="utf-8") if path.exists() else "" for path in (folder / "said.txt", folder / "wrong.txt"))
+    return status, *texts
+
+
+def _begun(
+    code: str, *words: str | Path, folder: Path, package: Path | None = None, asked: Path | None = None, **environment: str
+) -> Any:
+    """The server, which has been told to fork; it says the exit status in a line. A process that is `asked` is in the current folder."""
+    question = {
+        "code": code, "words": [str(word) for word in words], "modules": str(folder / "modules"), "at": str(Path.cwd() if asked else folder),
+        "said": str(folder / "said.txt"), "wrong": str(folder / "wrong.txt"), "package": package and str(package),
+        "asked": asked and str(asked), "environment": environment,
     }  # fmt: skip
     server = _server()
     assert server.poll() is None, "the process that forks strangers is no more"
-    assert server.stdin is not None
-    assert server.stdout is not None
-    print(json.dumps(asked), file=server.stdin, flush=True)
-    status = server.stdout.readline().strip()
-    return status, *(path.read_text(encoding="utf-8") if path.exists() else "" for path in (said, wrong))
+    print(json.dumps(question), file=server.stdin, flush=True)
+    return server

@@ -267,7 +267,7 @@ def test_a_store_holds_at_most_an_eighth_more_than_is_asked_for(
         return store.Store(np.zeros(1), np.zeros(1), None, "", 0)
 
     monkeypatch.setattr(packing, "stored", stored)
-    packing.tokenised(byte_tokenizer(), letters, length=16, wanted=asked, cache=tmp_path, warn=pytest.fail)
+    packing.tokenised(byte_tokenizer(), letters, length=16, tokens=asked, cache=tmp_path, warn=pytest.fail)
     assert made_from[0]["limit"] == kept
     assert asked <= kept <= asked * 9 / 8
     monkeypatch.undo()
@@ -376,8 +376,8 @@ for number in range(50):
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", code, str(tmp_path)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) for _ in range(3)]
-    assert [process.communicate()[0].decode() for process in running] == [""] * 3
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment) for _ in range(2)]
+    assert [process.communicate()[0].decode() for process in running] == [""] * 2
     assert len(list((tmp_path / "tokens").iterdir())) == 50
 
 

@@ -22,9 +22,10 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.system import processes
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError
-from adapt_pruner.export import export
+from adapt_pruner.export import export, plain
 from adapt_pruner.export import onnx as onnx_form
 from adapt_pruner.export import verify as proof
 from adapt_pruner.export.loading import no_gguf
@@ -308,7 +309,7 @@ def test_a_rope_that_depends_on_the_length_of_a_text_is_no_graph(tmp_path: Path)
 def test_an_onnx_graph_takes_any_batch_and_length(tmp_path: Path) -> None:
     ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    loaded = as_loaded(unequal())
+    loaded = as_loaded(unequal(num_hidden_layers=2))
     attention = loaded.model.config._attn_implementation
     loaded.model.generation_config.temperature = 0.6  # without do_sample, which transformers refuses to save
     export(loaded, tmp_path / "out", to="onnx")
@@ -432,14 +433,15 @@ def test_verify_sees_another_model_and_other_weights(
     assert (status, "has 300 tokens and" in error, "comes from another model" in error) == (1, True, True)
 
 
-def test_verify_runs_our_own_folder_without_us(tmp_path: Path) -> None:
-    """The code in the folder imports nothing of this package: in the process that runs it, it cannot."""
+def test_verify_runs_our_own_folder_without_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code in the folder imports nothing of this package: in the process that runs it, it cannot; the second is a real one."""
     loaded = as_loaded(unequal())
     save(loaded.model, loaded.tokenizer, tmp_path / "own", dtype=torch.float32)
     found = compared(loaded, tmp_path / "own", trust_remote_code=True)
     assert found["passed"], found["failures"]
     code = tmp_path / "own" / "modeling_pruned.py"
     code.write_text(code.read_text(encoding="utf-8") + "\nimport adapt_pruner\n", encoding="utf-8")
+    monkeypatch.setattr(plain, "talking", processes.talking)
     with pytest.raises(RunError, match="stock transformers cannot load"):
         compared(loaded, tmp_path / "own", trust_remote_code=True)
 

@@ -3,18 +3,16 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
-import adapt_pruner
 from adapt_pruner import recipe
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.state import read_state
@@ -23,6 +21,8 @@ from adapt_pruner.report import with_card
 from adapt_pruner.report.hub import plan_upload
 from conftest import byte_tokenizer
 from test_cli import call
+
+Push = Callable[..., tuple[int, str, str]]  # exit status, stdout, stderr
 
 
 class Hub(ThreadingHTTPServer):
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     server = Hub()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -108,29 +108,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
     return out
 
 
-def push(
-    *words: object, endpoint: str | None = None, token: str | None = "hf_xxx", offline: bool = False
-) -> tuple[int, str, str]:
-    """The command in a process of its own, since the address of the hub is read when its library is imported."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {
-        "PYTHONPATH": str(Path(adapt_pruner.__file__).parents[1]),
-        "HF_HOME": "/nonexistent",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
-    environment |= {"HF_ENDPOINT": endpoint or "http://127.0.0.1:9"}  # where nobody listens
-    environment |= ({"HF_TOKEN": token} if token else {}) | ({"HF_HUB_OFFLINE": "1"} if offline else {})
-    command = [sys.executable, "-m", "adapt_pruner", "push", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def push(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Push:
+    """The command in this process, with what its library reads of the environment when it is imported: address, network and token."""
+
+    def run(
+        *words: object, endpoint: str | None = None, token: str | None = "hf_xxx", offline: bool = False
+    ) -> tuple[int, str, str]:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint or "http://127.0.0.1:9")  # where nobody listens
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        if token is not None:
+            monkeypatch.setenv("HF_TOKEN", token)
+        status, out, err = call(monkeypatch, capsys, "push", *words)
+        assert "Traceback" not in err, err
+        return status, out, err
+
+    return run
 
 
 def sent_by(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file() and file.name != ".hidden"}
 
 
-def test_every_file_arrives_and_nothing_else(folder: Path, hub: Hub) -> None:
+def test_every_file_arrives_and_nothing_else(push: Push, folder: Path, hub: Hub) -> None:
     status, out, err = push(folder, "me/small", endpoint=hub.address)
     assert status == 0, err
     assert hub.files == sent_by(folder)
@@ -142,7 +144,7 @@ def test_every_file_arrives_and_nothing_else(folder: Path, hub: Hub) -> None:
     assert any(path.endswith("/commit/main") for path in hub.asked)
 
 
-def test_a_branch_and_a_private_repository(folder: Path, hub: Hub) -> None:
+def test_a_branch_and_a_private_repository(push: Push, folder: Path, hub: Hub) -> None:
     hub.private = True
     status, out, err = push(folder, "me/small", "--private", "--branch", "try", "--json", endpoint=hub.address)
     assert status == 0, err
@@ -152,14 +154,14 @@ def test_a_branch_and_a_private_repository(folder: Path, hub: Hub) -> None:
     assert json.loads(out)["files"] == {name: len(data) for name, data in sorted(sent_by(folder).items())}
 
 
-def test_private_is_not_sent_to_what_is_public(folder: Path, hub: Hub) -> None:
+def test_private_is_not_sent_to_what_is_public(push: Push, folder: Path, hub: Hub) -> None:
     status, _, err = push(folder, "me/small", "--private", endpoint=hub.address)
     assert status == 2
     assert "error: me/small is there already and public; make it private in its settings, or name another\n" in err
     assert not hub.files
 
 
-def test_a_dry_run_needs_no_network_and_no_login(folder: Path, hub: Hub) -> None:
+def test_a_dry_run_needs_no_network_and_no_login(push: Push, folder: Path, hub: Hub) -> None:
     status, out, err = push(folder, "me/small", "--dry-run", "--json", token=None, endpoint=hub.address)
     assert status == 0, err
     assert not hub.asked
@@ -170,7 +172,7 @@ def test_a_dry_run_needs_no_network_and_no_login(folder: Path, hub: Hub) -> None
     assert all(name in out for name in sent_by(folder))
 
 
-def test_a_folder_without_a_card_gets_one_when_it_is_sent(folder: Path, hub: Hub) -> None:
+def test_a_folder_without_a_card_gets_one_when_it_is_sent(push: Push, folder: Path, hub: Hub) -> None:
     card = (folder / "README.md").read_bytes()
     (folder / "README.md").unlink()
     try:
@@ -191,7 +193,9 @@ def test_a_folder_without_a_card_gets_one_when_it_is_sent(folder: Path, hub: Hub
         ({}, 1, "cannot be reached"),
     ],
 )
-def test_no_login_and_no_network_are_said_in_a_sentence(folder: Path, given: dict[str, Any], status: int, words: str) -> None:
+def test_no_login_and_no_network_are_said_in_a_sentence(
+    push: Push, folder: Path, given: dict[str, Any], status: int, words: str
+) -> None:
     found, out, err = push(folder, "me/small", **given)
     assert (found, out) == (status, "")
     assert words in err
@@ -201,7 +205,9 @@ def test_no_login_and_no_network_are_said_in_a_sentence(folder: Path, given: dic
 @pytest.mark.parametrize(
     ("answer", "status", "words"), [(401, 2, "does not let you write"), (403, 2, "token that may write"), (400, 1, "refused")]
 )
-def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answer: int, status: int, words: str) -> None:
+def test_what_the_hub_refuses_is_said_in_a_sentence(
+    push: Push, folder: Path, hub: Hub, answer: int, status: int, words: str
+) -> None:
     hub.status = answer
     found, _, err = push(folder, "me/small", endpoint=hub.address)
     assert found == status
@@ -209,7 +215,7 @@ def test_what_the_hub_refuses_is_said_in_a_sentence(folder: Path, hub: Hub, answ
     assert str(answer) in err
 
 
-def test_what_the_hub_says_of_the_card_is_passed_on(folder: Path, hub: Hub) -> None:
+def test_what_the_hub_says_of_the_card_is_passed_on(push: Push, folder: Path, hub: Hub) -> None:
     hub.errors = [{"message": '"license" must be one of [apache-2.0, …]'}]
     status, _, err = push(folder, "me/small", endpoint=hub.address)
     assert status == 2
@@ -238,7 +244,7 @@ def test_what_is_no_finished_checkpoint_is_refused(folder: Path, tiny_folder: Pa
 
 
 def test_an_export_is_sent_with_its_own_card(
-    folder: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    push: Push, folder: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "padded"
     assert call(monkeypatch, capsys, "export", folder, "--to", "padded", "-o", out)[0] == 0
@@ -261,7 +267,7 @@ def test_a_folder_with_a_card_of_somebody_else_is_no_export(tiny_folder: Path, t
         plan_upload(tmp_path / "small.gguf", "me/small")
 
 
-def test_only_what_we_wrote_is_sent_and_the_rest_is_named(folder: Path, hub: Hub, tmp_path: Path) -> None:
+def test_only_what_we_wrote_is_sent_and_the_rest_is_named(push: Push, folder: Path, hub: Hub, tmp_path: Path) -> None:
     """Neither files that lie there, nor links, nor what they lead to; whatever patterns their names may be."""
     shutil.copytree(folder, tmp_path / "mine")
     mine, secret = tmp_path / "mine", tmp_path / "secret"

@@ -260,7 +260,7 @@ def test_minutes_become_the_run_s_less_what_the_probe_took(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = count(0, 600)  # ten minutes between two looks, whatever the machine
-    for module in (sys.modules["adapt_pruner.cli.pruning"], shrinking):
+    for module in (sys.modules["adapt_pruner.api.pruning"], shrinking):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     asked = shrink(tiny_folder, text, tmp_path / "small", "--hours", "2", "--dry-run")
     status, said, lines = ask(*asked)

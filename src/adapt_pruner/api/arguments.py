@@ -108,7 +108,7 @@ def placed(output: str | Path | None, name: str = "run") -> tuple[Keeper | None,
 def takes_of(annotation: Any) -> Takes | None:
     """What an argument with this annotation takes; None if the annotation does not say."""
     kinds = (annotation, *get_args(annotation))  # of `Size | None` it is said in Size
-    return next((found for kind in kinds for found in getattr(kind, "__metadata__", ()) if isinstance(found, Takes)), None)
+    return next((takes for kind in kinds for takes in getattr(kind, "__metadata__", ()) if isinstance(takes, Takes)), None)
 
 
 def _check(name: str, value: Any, annotation: Any) -> None:
@@ -163,8 +163,10 @@ def _shown(value: Any) -> str:
 
 
 def _a(value: Any) -> str:
+    if value is None:
+        return "None"
     kind = type(value).__name__
-    return "None" if value is None else f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
+    return f"{'an' if kind[0] in 'aeiouAEIOU' else 'a'} {kind}"
 
 
 def as_overrides(settings: Mapping[str, Any] | list[str] | None) -> list[str]:

@@ -2,8 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -383,20 +383,33 @@ def shrink(
         UsageError: the time is too short or not given, or the model, text, size or folder is not what it should be.
         RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
+    keep, place = placed(output)
+    planned = in_time(
+        model, place, tokenizer, params=params, text=text, minutes=minutes, hours=hours, tokens=tokens, settings=settings, seed=seed,
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress, listen=listen,
+    )  # fmt: skip
+    with planned as (recipe, tell):
+        return _ran(recipe, place, keep, tell, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def in_time(
+    model: Any, place: Path, tokenizer: Any = None, *, params: Any, text: Any, minutes: float | None, hours: float | None, tokens: Any,
+    settings: Any, trust_remote_code: bool, progress: bool, listen: Listener | None = None, **common: Any,
+) -> Iterator[tuple["Recipe", Callable[[Event], None]]]:  # fmt: skip
+    """The recipe that `shrink` carries out, with the listener that is told of it; a model in memory lies in a folder until the context ends."""
     started = time.perf_counter()
     from adapt_pruner.run.probe import kept_threads
     from adapt_pruner.run.shrink import how_long, recipe_in_time
 
     long = how_long(minutes, hours, None if tokens is None else str(tokens))
-    keep, place = placed(output)
     overrides = as_overrides(settings)
     with kept_threads(), named(model, tokenizer) as name, heard(listen, progress=progress) as tell:
-        common = {"model": name, "budget": str(params), "seed": seed, "device": device, "dtype": dtype}
         recipe = recipe_in_time(
-            common, place, text=None if text is None else str(text), long=long, overrides=overrides, started=started, listen=tell,
-            trust_remote_code=trust_remote_code,
+            {"model": name, "budget": str(params), **common}, place, text=None if text is None else str(text), long=long,
+            overrides=overrides, started=started, listen=tell, trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        return _ran(recipe, place, keep, tell, trust_remote_code=trust_remote_code)
+        yield recipe, tell
 
 
 def dry_run(

@@ -87,8 +87,8 @@ for command in (
     app.command("eval" if command is evaluate else command.__name__, cls=_Command)(command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
         import platform
 
         from adapt_pruner.core.system.provenance import made_by

@@ -78,8 +78,8 @@ def _export_each(
 
     llama_cpp.library()  # fails before anything is written
     files = {name: output.with_name(f"{output.stem}-{name}{output.suffix}") for name in quants if name}
-    if there := next((path for path in files.values() if path.exists()), None):
-        raise UsageError(f"{there} exists; name another file or remove it first")
+    if existing := next((path for path in files.values() if path.exists()), None):
+        raise UsageError(f"{existing} exists; name another file or remove it first")
     with screen() as listen:
         for name, path in files.items():
             with_card.export(model, path, to=to, quant=name, pad=pad, trust_remote_code=trust_remote_code, listen=listen)

@@ -113,7 +113,7 @@ def _print_text(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _print_chat(rows: Sequence[Mapping[str, Any]]) -> None:
     """How each model answers our prompts; from the second model on also how many of the first one's right answers it gives."""
-    asked = max((row["chat"]["asked"] for row in rows if row["chat"]), default=0)
+    num_prompts = max((row["chat"]["asked"] for row in rows if row["chat"]), default=0)
     first = rows[0]["chat"]
     lines = []
     for row in rows:
@@ -123,7 +123,7 @@ def _print_chat(rows: Sequence[Mapping[str, Any]]) -> None:
             continue
         both = f"{len(set(chat['right']) & set(first['right']))} of {len(first['right'])}" if first and row is not rows[0] else ""
         lines.append([row["model"], f"{len(chat['right'])}", both, f"{chat['ended']}", f"{chat['looping']}"])
-    print_table(["model", f"right of {asked}", "of the first model's", "end", "loop"], lines)
+    print_table(["model", f"right of {num_prompts}", "of the first model's", "end", "loop"], lines)
     print("\nright by a rule for each prompt (a word, a number of things); the likeliest token each time, at most 64 an answer")
 
 
@@ -232,13 +232,13 @@ def _print_proof(figures: Mapping[str, Any]) -> None:
     tolerance, greedy, encoding = figures["tolerance"], figures["greedy"], figures["encoding"]
     deviation, perplexity = figures["deviation"] or 1.0, figures["perplexity"]
     most = "" if tolerance["difference"] is None else f"at most {tolerance['difference']:g}"
-    found = f"{perplexity['artefact']:.3f} ({perplexity['artefact'] / perplexity['model'] - 1:+.2%})"
+    measured = f"{perplexity['artefact']:.3f} ({perplexity['artefact'] / perplexity['model'] - 1:+.2%})"
     rows = [
         ["largest difference of a logit, in standard deviations", f"{figures['max_difference'] / deviation:.2g}", most],
         ["mean difference of a logit, in standard deviations", f"{figures['mean_difference'] / deviation:.2g}", ""],
         ["same token on top", f"{figures['agreement']:.2%}", f"at least {tolerance['agreement']:.0%}"],
         ["perplexity of the model", f"{perplexity['model']:.3f}", ""],
-        ["perplexity of the artefact", found, f"at most {tolerance['perplexity']:.1%} off"],
+        ["perplexity of the artefact", measured, f"at most {tolerance['perplexity']:.1%} off"],
         ["greedy text, tokens until it differs", f"{greedy['same_tokens']} of {greedy['of']}", ""],
     ]
     if encoding:

@@ -130,32 +130,16 @@ def shrink(
 
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
-    started = time.perf_counter()
-    from adapt_pruner.run.shrink import how_long
-
-    long = how_long(options["minutes"], options["hours"], options["tokens"])
-    from adapt_pruner.report import with_card
-    from adapt_pruner.report.screen import screen
-    from adapt_pruner.run.folder import figures_of
-    from adapt_pruner.run.shrink import recipe_in_time
-
-    trust: bool = options["trust_remote_code"]
-    common = {"budget": options["params"], **{key: options[key] for key in ("model", "seed", "device", "dtype")}}
-    with screen() as listen:
-        recipe = recipe_in_time(
-            common, output, text=options["text"], long=long, overrides=options["settings"] or [], started=started, listen=listen,
-            trust_remote_code=trust,
-        )  # fmt: skip
-        if dry_run:
+    if dry_run:
+        with pruning.in_time(place=output, progress=True, **options) as (recipe, _):
             print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
-            return
-        try:
-            outcome = with_card.run(recipe, output, listen=listen, trust_remote_code=trust)
-        except KeyboardInterrupt:
-            _say_what_there_is(output, listen)
-            raise
-    figures = outcome.figures if outcome is not None else figures_of(output)
-    model = output / filenames.RESULT
+        return
+    try:
+        result = unwrap(pruning.shrink)(output=output, progress=True, **options)
+    except KeyboardInterrupt:
+        _say_what_there_is(output)
+        raise
+    figures, recipe, model = result.figures, result.recipe, output / filenames.RESULT
     if as_json:
         print(to_json(figures | {"path": str(model)}))
         return
@@ -174,8 +158,9 @@ def shrink(
     print(f"     {typed('run', output / 'recipe.yaml', '-o', 'ANOTHER_DIR')}")
 
 
-def _say_what_there_is(run_dir: Path, listen: Any) -> None:
+def _say_what_there_is(run_dir: Path) -> None:
     """Say what an interrupted run has reached."""
+    from adapt_pruner.report.screen import screen
     from adapt_pruner.run.checkpoints import is_within_training
     from adapt_pruner.run.folder import RunFolder
 
@@ -189,7 +174,8 @@ def _say_what_there_is(run_dir: Path, listen: Any) -> None:
         whole = f"trained on {compact(trained)} tokens"
         if is_within_training(newest.name):
             whole += "; its learning rate has not come down yet"
-    listen.say(f"the newest checkpoint is {newest}, of {millions(params)} parameters, {whole}")
+    with screen() as listen:
+        listen.say(f"the newest checkpoint is {newest}, of {millions(params)} parameters, {whole}")
 
 
 @options_of(pruning.run)

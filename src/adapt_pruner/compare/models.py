@@ -50,11 +50,11 @@ def measured(
             pass  # reports a missing text before a model is loaded
     for name in models:
         locate(name)  # reports a missing model before hours go into another
-    wanted: list[Wanted] = []
+    tasks: list[Wanted] = []
     if how.tasks is not None:
         listen(Find(tasks=how.tasks))
-        wanted = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
-        if plain := set_shots(wanted, how.num_fewshot):
+        tasks = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
+        if plain := set_shots(tasks, how.num_fewshot):
             listen(Warned(message=f"{', '.join(plain)}: scored without examples, as defined in lm-eval"))
     scores: list[Sequence[TaskScore]] = []
     rows, held = [], []
@@ -84,7 +84,7 @@ def measured(
                 row["chat"] = None if answers is None else answers.to_dict()
         if how.tasks is not None:
             scored = evaluate_tasks(
-                model, tokenizer, wanted, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, trust_remote_code=how.trust_remote_code,
+                model, tokenizer, tasks, limit=how.limit, dtype=how.dtype, cache=how.cache_dir, trust_remote_code=how.trust_remote_code,
                 on_task=lambda task, done, of: listen(Progress(phase="task", task=task, done=done, of=of)),
                 warn=lambda message: listen(Warned(message=message)),
             )  # fmt: skip

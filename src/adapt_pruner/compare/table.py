@@ -114,20 +114,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
             "× dense",
             *(["bits/byte"] if "bits_per_byte" in rows[0]["texts"][text] else []),
         ]
-    asked = any(row.get("answers") for row in rows)
-    header += [*(["right answers"] if asked else []), "seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
+    with_answers = any(row.get("answers") for row in rows)
+    header += [*(["right answers"] if with_answers else []), "seconds", "peak memory", "speed-up", *(["failed"] if notes else [])]
     lines, size = [], (None, None)
     for row in rows:
         if (row["size"], row.get("sparsity")) != size:
             size = row["size"], row.get("sparsity")
             heading = f"{size[1]} zeros" if size[1] else f"at most {shown(size[0], 'params')}"
             lines += [[""] * len(header), [heading, *[""] * (len(header) - 1)]]
-        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros, asked=asked))
+        lines.append(_words(row, texts, dense=rows[0], spread=spread, notes=notes, zeros=zeros, with_answers=with_answers))
     return header, lines
 
 
 def _words(
-    row: Mapping[str, Any], texts: Sequence[str], *, dense: Mapping[str, Any], spread: bool, notes: bool, zeros: bool, asked: bool
+    row: Mapping[str, Any],
+    texts: Sequence[str],
+    *,
+    dense: Mapping[str, Any],
+    spread: bool,
+    notes: bool,
+    zeros: bool,
+    with_answers: bool,
 ) -> list[str]:
     name, same = str(row["method"]), row.get("in_domain") or []
     if same:  # figures on text like its calibration text
@@ -143,7 +150,7 @@ def _words(
         words.append(_times(figures["ratio"]) if compares else "–")
         if "bits_per_byte" in before:
             words.append(f"{figures['bits_per_byte']:.4f}" if figures else "–")
-    if asked:
+    if with_answers:
         answers = row.get("answers")
         words.append(f"{answers['right']:g} of {answers['of']}" if answers else "–")
     peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**30

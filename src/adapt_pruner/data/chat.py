@@ -22,17 +22,17 @@ def encode_chats(tokenizer: Any, chats: Sequence[Document]) -> list[tuple[list[i
     """
     _check(tokenizer)
     ends = tuple(tokenizer.get_added_vocab())
-    texts, said = [], []
+    texts, answers = [], []
     for chat in chats:
         text, generated = _rendered(tokenizer, chat, chat.messages)
         texts.append(text)
-        said.append(_said(tokenizer, chat, text, ends) if generated is None else generated)
+        answers.append(_said(tokenizer, chat, text, ends) if generated is None else generated)
     tokenized = tokenizer(
         texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
     )
     return [
         (ids, [any(start < end <= stop for start, stop in spans) for _, end in offsets])
-        for ids, offsets, spans in zip(tokenized["input_ids"], tokenized["offset_mapping"], said, strict=True)
+        for ids, offsets, spans in zip(tokenized["input_ids"], tokenized["offset_mapping"], answers, strict=True)
     ]
 
 

@@ -58,9 +58,9 @@ class Template:
     def following(self, prompt: Prompt, end: int) -> list[int]:
         """What stands between the first answer, which ended with the token `end`, and the second one; empty if nobody can tell."""
         with suppress(ChatTemplateError):
-            said = [*_messages(Prompt(prompt.turns[:1], prompt.system)), {"role": "assistant", "content": _MARK}]
-            said.append({"role": "user", "content": prompt.turns[1]})
-            text = rendered(self._tokenizer, said, add_generation_prompt=True, thinking=False).text
+            messages = [*_messages(Prompt(prompt.turns[:1], prompt.system)), {"role": "assistant", "content": _MARK}]
+            messages.append({"role": "user", "content": prompt.turns[1]})
+            text = rendered(self._tokenizer, messages, add_generation_prompt=True, thinking=False).text
             if text.startswith(self._text(prompt)) and text.count(_MARK) == 1:
                 ids = self._ids(text.partition(_MARK)[2])
                 return ids[1:] if ids[:1] == [end] else []
@@ -98,10 +98,10 @@ def prompts_for(spec: str, longest: int | None) -> list[Prompt]:
     Raises:
         UsageError: the SPEC names no conversations.
     """
-    _, _, theirs = spec.partition(":")
-    if not theirs:
+    _, _, source = spec.partition(":")
+    if not source:
         prompts = our_prompts(long=longest is not None and longest >= _LONG)
-    elif not (prompts := prompts_of(read(parts_of(theirs)[0]))):
+    elif not (prompts := prompts_of(read(parts_of(source)[0]))):
         raise UsageError(
             f"text {spec!r} names no conversations; name a file of conversations, or {SELF_CHAT} alone for prompts of ours"
         )
@@ -302,10 +302,10 @@ class _Writer:
         )  # fmt: skip
         texts, seen = [], set[str]()
         for ids in drawn:
-            said = self._tokenizer.decode(ids[: -len(closing)], skip_special_tokens=True).strip()
-            if ids[-len(closing) :] != closing or said in seen or len(said.split()) < 2 or is_measured(said):
+            message = self._tokenizer.decode(ids[: -len(closing)], skip_special_tokens=True).strip()
+            if ids[-len(closing) :] != closing or message in seen or len(message.split()) < 2 or is_measured(message):
                 continue
-            seen.add(said)
+            seen.add(message)
             whole = [*self._template.header, *ids, *self._template.footer[len(closing) :]]
             texts.append(_Text(whole, [False] * len(whole)))
         return texts

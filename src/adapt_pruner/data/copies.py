@@ -31,20 +31,20 @@ class Passages:
 
     def __init__(self, texts: Iterable[str], *, most: int | None = None) -> None:
         """Read the texts; a passage that comes more than `most` times is left out: it is a formula, such as a licence or a prompt."""
-        found = [_sampled(batch).hashes for batch in _batches(texts)]
-        hashes, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *found]), return_counts=True)
+        sampled = [_sampled(batch).hashes for batch in _batches(texts)]
+        hashes, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *sampled]), return_counts=True)
         self._hashes = hashes if most is None else hashes[counts <= most]
 
     def cover(self, texts: Iterable[str]) -> Iterator[NDArray[np.bool_]]:
         """For each text, and each byte of it with single blanks: whether it lies in one of these passages."""
         for batch in _batches(texts):
             sampled = _sampled(batch)
-            known = np.zeros(len(sampled.hashes), np.bool_)
+            shared = np.zeros(len(sampled.hashes), np.bool_)
             if len(self._hashes):
                 place = np.searchsorted(self._hashes, sampled.hashes)
-                known = self._hashes[np.minimum(place, len(self._hashes) - 1)] == sampled.hashes
-            first = np.searchsorted(sampled.owners[known], np.arange(len(batch) + 1))
-            starts, stops = sampled.starts[known], sampled.stops[known]
+                shared = self._hashes[np.minimum(place, len(self._hashes) - 1)] == sampled.hashes
+            first = np.searchsorted(sampled.owners[shared], np.arange(len(batch) + 1))
+            starts, stops = sampled.starts[shared], sampled.stops[shared]
             for number, size in enumerate(sampled.sizes):
                 if first[number] == first[number + 1]:
                     yield np.zeros(size, np.bool_)
@@ -97,13 +97,13 @@ def _sampled(texts: Sequence[str]) -> _Sampled:
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(block * _POWERS[: len(block)], dtype=np.uint64)])
         opens = np.concatenate([[at == 0 or joined[at - 1] == _BLANK], block[:-1] == _BLANK])
         begins = np.flatnonzero(opens[: len(block) - _RUN + 1])
-        found = (sums[begins + _RUN] - sums[begins]) * _INVERSES[begins]
-        found = (found ^ (found >> np.uint64(29))) * _MIXES
-        found ^= found >> np.uint64(32)
-        kept = found % np.uint64(_SAMPLED) == 0
+        digests = (sums[begins + _RUN] - sums[begins]) * _INVERSES[begins]
+        digests = (digests ^ (digests >> np.uint64(29))) * _MIXES
+        digests ^= digests >> np.uint64(32)
+        kept = digests % np.uint64(_SAMPLED) == 0
         starts.append(at + begins[kept])
-        hashes.append(found[kept])
-    begins, found = np.concatenate(starts), np.concatenate(hashes)
+        hashes.append(digests[kept])
+    begins, digests = np.concatenate(starts), np.concatenate(hashes)
     owners = np.searchsorted(firsts, begins, side="right") - 1
     within = begins + _RUN < firsts[owners + 1]
     begins = (begins - firsts[owners])[within]
@@ -114,6 +114,6 @@ def _sampled(texts: Sequence[str]) -> _Sampled:
         owners[order],
         np.concatenate([begins, np.zeros(len(texts), np.int64)])[order],
         np.concatenate([begins + _RUN, np.array(sizes, np.int64)])[order],
-        np.concatenate([found[within], np.array(wholes, np.uint64)])[order],
+        np.concatenate([digests[within], np.array(wholes, np.uint64)])[order],
         sizes,
     )

@@ -152,8 +152,8 @@ class Dynamic(Fixed):
 
     def news(self) -> list[Event]:
         """The changes of the shares since this was last asked."""
-        told, self._news = self._news, []
-        return told
+        news, self._news = self._news, []
+        return news
 
     def inputs(self) -> dict[str, str]:
         """The reference losses."""
@@ -208,11 +208,11 @@ def fitted(losses: Mapping[int, float], size: int) -> float:
     return min(tried(float(floor)) for floor in floors)[1]
 
 
-def _loss(told: Any, size: str, *, path: str, name: str) -> float:
+def _loss(value: Any, size: str, *, path: str, name: str) -> float:
     """A reference loss: the number in the file, or the fit to the losses of several sizes."""
-    if not isinstance(told, dict):
-        return _positive(told, path=path, name=name)
-    losses = {parse_count(params): _positive(loss, path=path, name=name) for params, loss in told.items()}
+    if not isinstance(value, dict):
+        return _positive(value, path=path, name=name)
+    losses = {parse_count(params): _positive(loss, path=path, name=name) for params, loss in value.items()}
     if not size:
         raise UsageError(
             f"{path} has losses of several sizes for {name}; choose one of the sizes: dynamic(references=FILE, size=105M)"
@@ -222,10 +222,10 @@ def _loss(told: Any, size: str, *, path: str, name: str) -> float:
     return fitted(losses, parse_count(size))
 
 
-def _positive(told: Any, *, path: str, name: str) -> float:
-    if not (is_number(told) and told > 0):
-        raise UsageError(f"{path} gives {told!r} as reference loss of {name}; a loss is a positive number of nats")
-    return float(told)
+def _positive(value: Any, *, path: str, name: str) -> float:
+    if not (is_number(value) and value > 0):
+        raise UsageError(f"{path} gives {value!r} as reference loss of {name}; a loss is a positive number of nats")
+    return float(value)
 
 
 def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
@@ -241,7 +241,7 @@ def _references(path: str, names: Sequence[str], size: str) -> dict[str, float]:
         )
     try:
         data = read_json(expanded(path))
-        losses = {str(name): _loss(told, size, path=path, name=name) for name, told in data.items()}
+        losses = {str(name): _loss(value, size, path=path, name=name) for name, value in data.items()}
     except UsageError:
         raise
     except FileNotFoundError as error:

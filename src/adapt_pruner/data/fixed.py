@@ -77,12 +77,12 @@ class Rows:
 
     def goals(self, start: int, stop: int) -> list[Goal | None]:
         """For each of rows `start` to `stop` the goal of its predicted tokens; None where no model wrote the row."""
-        found: list[Goal | None] = []
+        goals: list[Goal | None] = []
         for number in self._order[start:stop]:
             which = self._store_of(number)
             kept = self._stores[which].kept_of(number - self._first[which])
-            found.append(None if kept is None else goal_of(kept))
-        return found
+            goals.append(None if kept is None else goal_of(kept))
+        return goals
 
     @property
     def has_goals(self) -> bool:
@@ -247,27 +247,27 @@ def training_rows(
     stores, orders, places = [], [], []
     first = 0
     for number, (spec, share) in enumerate(domains(source).items()):
-        wanted = max(1, round(tokens * share))
+        share_tokens = max(1, round(tokens * share))
         by_model = written_spec(spec)
         if by_model is None:
-            store = tokenised(tokenizer, spec, length=length, wanted=tokens if moving else wanted, cache=cache, warn=warn)
+            store = tokenised(tokenizer, spec, length=length, tokens=tokens if moving else share_tokens, cache=cache, warn=warn)
         else:
             store = written_text(written, spec)
-        found, least = len(store.ids), tokens if moving and not repeat else wanted
-        if found < least and by_model is None:
+        available, least = len(store.ids), tokens if moving and not repeat else share_tokens
+        if available < least and by_model is None:
             may = "may be" if moving else "are"
-            short = f"the training text {spec!r} has {found:,} tokens in rows of {length}, but {least:,} {may} asked for"
+            short = f"the training text {spec!r} has {available:,} tokens in rows of {length}, but {least:,} {may} asked for"
             if not repeat:
                 raise UsageError(f"{short}; give more text, lower training.tokens or allow training.repeat")
-            if wanted / found > MOST_REPEATS:
+            if share_tokens / available > MOST_REPEATS:
                 raise UsageError(
-                    f"{short}, which would repeat it {wanted / found:,.0f} times; at most {MOST_REPEATS:,} are allowed, so give "
+                    f"{short}, which would repeat it {share_tokens / available:,.0f} times; at most {MOST_REPEATS:,} are allowed, so give "
                     "more text or lower training.tokens"
                 )
-            if (times := wanted / found * (1 if expected is None else min(1.0, expected / tokens))) > 1:
+            if (times := share_tokens / available * (1 if expected is None else min(1.0, expected / tokens))) > 1:
                 warn(f"{short}, so it is repeated: it is read {times:.1f} times")
         random = np.random.default_rng([seed, number])
-        order = _epochs(np.diff(store.offsets), wanted, random)
+        order = _epochs(np.diff(store.offsets), share_tokens, random)
         stores.append(store)
         orders.append(first + order)
         places.append((np.arange(len(order)) + random.random(len(order))) / len(order))
@@ -307,9 +307,9 @@ def rows_of(sequences: Sequence[tuple[Sequence[int], Sequence[bool]]], *, tokens
 
 def stage_spans(rows: Rows, stage_tokens: Sequence[int]) -> list[range]:
     """The rows of each stage, in order; a stage ends with the row that reaches its share of all tokens."""
-    wanted, found = sum(stage_tokens), rows.num_tokens(0, len(rows))
+    planned, available = sum(stage_tokens), rows.num_tokens(0, len(rows))
     ends = [
-        bisect.bisect_left(range(len(rows) + 1), done * found, key=lambda row: rows.num_tokens(0, row) * wanted)
+        bisect.bisect_left(range(len(rows) + 1), done * available, key=lambda row: rows.num_tokens(0, row) * planned)
         for done in itertools.accumulate(stage_tokens)
     ]
     return [range(start, end) for start, end in itertools.pairwise([0, *ends])]

@@ -53,7 +53,7 @@ def continued(
     """
     device = next(model.parameters()).device
     training, own_config = model.training, model.generation_config
-    found: dict[int, list[int]] = {}
+    replies: dict[int, list[int]] = {}
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         casting_once(model),
@@ -74,8 +74,8 @@ def continued(
                     ids, attention_mask=attended, max_new_tokens=most, logits_processor=checks,
                     stopping_criteria=StoppingCriteriaList([ended]), **draws,
                 )[:, ids.shape[1] :].tolist()  # fmt: skip
-                found |= {number: _until(new, ends) for number, new in zip(numbers, written, strict=True)}
-            return [found[number] for number in range(len(sequences))]
+                replies |= {number: _until(new, ends) for number, new in zip(numbers, written, strict=True)}
+            return [replies[number] for number in range(len(sequences))]
         finally:
             model.generation_config = own_config
             model.train(training)

@@ -80,7 +80,7 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
         covered = known(other).cover(text for _, text in same)
         return [(name, bool(bytes_of.mean() >= _COPIED)) for (name, _), bytes_of in zip(named, covered, strict=True)]
 
-    found = []
+    overlapping = []
     for pair in itertools.combinations(specs, 2):
         role, other = sorted(pair, key=lambda role: role != "evaluation")
         shared, total, remedy = list[str](), 0, ""
@@ -99,8 +99,8 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
             sentence = (
                 f"the {other} text contains {len(shared):,} of the {counted(total, 'passage')} of the {role} text ({examples})"
             )
-            found.append(Overlap((role, other), sentence, remedy))
-    return found
+            overlapping.append(Overlap((role, other), sentence, remedy))
+    return overlapping
 
 
 def _remedy(measured: str, other: str) -> str:

@@ -20,10 +20,10 @@ _CHARACTERS = 2**20  # characters tokenised at one time
 _LEAST = 2**18  # tokens kept of a text, if it has as many
 
 
-def tokenised(tokenizer: Any, spec: str, *, length: int, wanted: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
-    """Rows of at most `length` tokens from one text, with at least `wanted` tokens in all unless the text is shorter.
+def tokenised(tokenizer: Any, spec: str, *, length: int, tokens: int, cache: Path | None, warn: Callable[[str], None]) -> Store:
+    """Rows of at most `length` tokens from one text, with at least `tokens` tokens in all unless the text is shorter.
 
-    The number of tokens is `wanted` rounded up by at most an eighth, and at least 2^18. So runs with other seeds, or with about as
+    The number of tokens is `tokens` rounded up by at most an eighth, and at least 2^18. So runs with other seeds, or with about as
     many tokens, find their rows on disk. Each run draws which rows it reads and in which order.
 
     Plain text: documents come in a random order, the same for all runs, each with an end-of-text token after it. They are cut
@@ -45,8 +45,8 @@ def tokenised(tokenizer: Any, spec: str, *, length: int, wanted: int, cache: Pat
         in_order = list(documents)
         revision = _digest(in_order)
         documents = (in_order[index] for index in np.random.default_rng(0).permutation(len(in_order)))
-    unit = 1 << max(0, wanted.bit_length() - 4)
-    limit = max(_LEAST, -(-wanted // unit) * unit)
+    unit = 1 << max(0, tokens.bit_length() - 4)
+    limit = max(_LEAST, -(-tokens // unit) * unit)
     made_from = {
         "text": revision,
         "tokenizer": _tokenizer_digest(tokenizer),
@@ -91,18 +91,18 @@ def _of_one_kind(documents: Iterable[Document], opening: Document, spec: str) ->
 def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
     end, start = tokenizer.eos_token_id, opening(tokenizer)
     before = [] if start == [end] else start  # if start and end are the same token, one of them between two texts is enough
-    wanted = -(-limit // length)
+    rows_left = -(-limit // length)
     stream: list[int] = []
     for batch in _batched((piece[0], piece) for document in documents for piece in _pieces(document.text)):
         texts = [text for text, _, _ in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for ids, (_, first, last) in zip(encoded, batch, strict=True):
             stream += (before if first else []) + ids + ([end] if last and end is not None else [])
-        rows, taken = _cut(stream, start, length, wanted)
+        rows, taken = _cut(stream, start, length, rows_left)
         yield Chunk(np.array([token for row in rows for token in row], np.uint32), np.full(len(rows), length, np.int64))
         stream = stream[taken:]
-        wanted -= len(rows)
-        if not wanted:
+        rows_left -= len(rows)
+        if not rows_left:
             return
 
 

@@ -84,12 +84,14 @@ def our_prompts(*, long: bool) -> list[Prompt]:
 
 def prompts_of(chats: Iterable[Document]) -> list[Prompt]:
     """The prompts of a person's conversations, of each the system prompt and the first two turns of the user; each prompt once."""
-    found = []
+    prompts = []
     for chat in chats:
-        said = {role: [message["content"] for message in chat.messages if message["role"] == role] for role in ("system", "user")}
-        if said["user"]:
-            found.append(Prompt(tuple(said["user"][:2]), "".join(said["system"][:1])))
-    return list(dict.fromkeys(found))
+        contents = {
+            role: [message["content"] for message in chat.messages if message["role"] == role] for role in ("system", "user")
+        }
+        if contents["user"]:
+            prompts.append(Prompt(tuple(contents["user"][:2]), "".join(contents["system"][:1])))
+    return list(dict.fromkeys(prompts))
 
 
 def is_measured(text: str) -> bool:
@@ -99,11 +101,11 @@ def is_measured(text: str) -> bool:
     for and is at most three times as long; if there is only one such word, at most as long.
     """
     words = _words(text)
-    runs, known = _runs(words), set(words)
-    for those, asked, length in _of_measured():
+    runs, present = _runs(words), set(words)
+    for those, needed, length in _of_measured():
         if those and len(those & runs) >= _COPIED * len(those):
             return True
-        if asked and asked <= known and len(words) <= length * (_LONGER if len(asked) > 1 else 1):
+        if needed and needed <= present and len(words) <= length * (_LONGER if len(needed) > 1 else 1):
             return True
     return False
 

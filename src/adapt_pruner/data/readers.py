@@ -59,7 +59,7 @@ def stamp(spec: str) -> Hashable:
     """What changes when a file of a local text does."""
     paths = sorted(expanded(spec).rglob("*")) if _is_saved(expanded(spec)) else _paths(spec)
     return tuple(
-        (str(path.absolute()), found.st_ino, found.st_size, found.st_mtime_ns) for path in paths for found in [path.stat()]
+        (str(path.absolute()), status.st_ino, status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]
     )
 
 
@@ -144,10 +144,10 @@ def _translated(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         ]
     if isinstance(task, str) and isinstance(row.get(_REPLY), str):
         given = row.get(_GIVEN)
-        asked = f"{task}\n\n{given}" if isinstance(given, str) and given.strip() else task
+        prompt = f"{task}\n\n{given}" if isinstance(given, str) and given.strip() else task
         system = row.get("system")
         before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-        return [*before, {"role": "user", "content": asked}, {"role": "assistant", "content": row[_REPLY]}]
+        return [*before, {"role": "user", "content": prompt}, {"role": "assistant", "content": row[_REPLY]}]
     return None
 
 
@@ -372,11 +372,11 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        there = set(file.schema_arrow.names)
-        column = next((name for name in (_TEXT, _CHAT, _SHARED, _TASK) if name in there), None)
+        names = set(file.schema_arrow.names)
+        column = next((name for name in (_TEXT, _CHAT, _SHARED, _TASK) if name in names), None)
         if column is None:
             raise UsageError(f"{path} has no column {_TEXT!r} or {_CHAT!r}; rename the column that contains the text")
-        columns = [column] if column != _TASK else [name for name in (_TASK, _GIVEN, _REPLY, "system") if name in there]
+        columns = [column] if column != _TASK else [name for name in (_TASK, _GIVEN, _REPLY, "system") if name in names]
         packed, remedy = path.stat().st_size, "write its rows to a .jsonl file"
         chunks = [sum(sizes) for sizes in zip(*(_chunk_sizes(file.metadata, name) for name in columns), strict=True)]
         _check_unfolded(path, packed, sum(chunks), remedy=remedy)

@@ -67,8 +67,8 @@ class Document:
     @property
     def learnt(self) -> str:
         """The text that training learns to predict: of a conversation, what the assistant says."""
-        said = (message["content"] for message in self.messages if message["role"] == "assistant")
-        return "\n\n".join(said) if self.messages else self.text
+        replies = (message["content"] for message in self.messages if message["role"] == "assistant")
+        return "\n\n".join(replies) if self.messages else self.text
 
     @property
     def digest(self) -> bytes:
@@ -199,17 +199,17 @@ def _of_part(
     units: Iterable[tuple[Document, str]], spec: str, part: str, *, kept: Mapping[int, str] = MappingProxyType({})
 ) -> Iterator[Document]:
     """The documents of one part, or all if `part` is empty. Of those whose number is in `kept` only that text is left."""
-    there, given = 0, False
-    for there, (document, its) in enumerate(units, start=1):
-        if part in ("", its):
-            left = replace(document, text=kept[there]) if there in kept else document
+    number, given = 0, False
+    for number, (document, part_of_unit) in enumerate(units, start=1):
+        if part in ("", part_of_unit):
+            left = replace(document, text=kept[number]) if number in kept else document
             given = given or bool(left.text)
             yield left
-    if there and not given:
+    if number and not given:
         raise UsageError(
             f"text {spec!r} is empty: all {len(kept):,} documents of that part stand in the held-out part, too; give a text that repeats itself less"
             if kept
-            else f"text {spec!r} is empty: none of the {there:,} documents of {_split(spec)[0]!r} falls in that part, since one in {_HELD_OUT} "
+            else f"text {spec!r} is empty: none of the {number:,} documents of {_split(spec)[0]!r} falls in that part, since one in {_HELD_OUT} "
             "is held out; give a text with more documents, or another one"
         )
 
@@ -279,14 +279,14 @@ def _uncovered(text: str, covered: NDArray[np.bool_]) -> str:
 
 def pieces(text: str) -> list[str]:
     """A text in pieces of `_PIECE` characters or a little more, cut at a blank line, otherwise at a line end or a blank."""
-    found, start = [], 0
+    parts, start = [], 0
     while start < len(text):
         stop = start + _PIECE
         cuts = [text.find(mark, stop, stop + _PIECE) for mark in ("\n\n", "\n", " ")]
         stop = next((cut for cut in cuts if cut >= 0), stop)
-        found.append(text[start:stop])
+        parts.append(text[start:stop])
         start = stop
-    return [piece for piece in found if piece.strip()]
+    return [piece for piece in parts if piece.strip()]
 
 
 def _part(document: Document) -> str:

@@ -205,9 +205,9 @@ def _opened(folder: Path) -> tuple[Store | None, str]:
     try:
         index = read_json(folder / "index.json")
         for name, size in index["bytes"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return None, f"{name} has {found:,} of {size:,} bytes"
+            actual = (folder / name).stat().st_size
+            if actual != size:
+                return None, f"{name} has {actual:,} of {size:,} bytes"
         arrays = {}
         of_ids = index["made_from"]["dtype"]
         for name, dtype in {"ids": of_ids, "offsets": "<i8", "mask": "?", "tokens": of_ids, "logs": "<f2"}.items():

@@ -40,14 +40,14 @@ def encode(tokenizer: Any, parts: Iterable[str], *, most: int | None = None) -> 
         most: the number of ids wanted; no more text is read than they need.
     """
     skipped = len(opening(tokenizer))
-    wanted = None if most is None else most + skipped
+    end = None if most is None else most + skipped
     pieces, count = [], 0
     for ids in ids_in_pieces(tokenizer, parts):
         pieces.append(ids.astype(np.int32))
         count += len(ids)
-        if wanted is not None and count >= wanted:
+        if end is not None and count >= end:
             break
-    return np.concatenate(pieces)[skipped:wanted]
+    return np.concatenate(pieces)[skipped:end]
 
 
 def calibration_windows(
@@ -130,9 +130,9 @@ def joined_windows(
     return torch.stack([_opened(start, together[at * inner : (at + 1) * inner]) for at in range(samples)])
 
 
-def _too_short(found: int, samples: int, length: int) -> UsageError:
+def _too_short(num_windows: int, samples: int, length: int) -> UsageError:
     return UsageError(
-        f"the calibration text gives {found} windows of {length} tokens, but {samples} are asked for; "
+        f"the calibration text gives {num_windows} windows of {length} tokens, but {samples} are asked for; "
         "give more text, or lower calibration.samples or calibration.length"
     )
 

@@ -73,11 +73,11 @@ def _windows_of(tokenizer: Any, spec: str, written: Written, *, samples: int, le
         store = written_text(written, spec)
         rows = [store.ids[start:stop].astype(np.int32) for start, stop in itertools.pairwise(store.offsets)]
     else:
-        found = list(beginning(spec, MAX_HUB_DOCUMENTS))
-        if not (found and found[0].messages and getattr(tokenizer, "chat_template", None)):
-            plain = [document.text for document in found]
+        documents = list(beginning(spec, MAX_HUB_DOCUMENTS))
+        if not (documents and documents[0].messages and getattr(tokenizer, "chat_template", None)):
+            plain = [document.text for document in documents]
             return lambda seed: calibration_windows(tokenizer, plain, samples=samples, length=length, seed=seed, encoded=encoded)
-        rows = [np.array(ids, np.int32) for ids, _ in encode_chats(tokenizer, found)]
+        rows = [np.array(ids, np.int32) for ids, _ in encode_chats(tokenizer, documents)]
     return lambda seed: joined_windows(tokenizer, rows, samples=samples, length=length, seed=seed, repeat=by_model)
 
 
@@ -130,15 +130,15 @@ def held_out_by_text(
     if SELF in shares:
         raise UsageError("text 'self' would measure the model on its own text; name a file or python-docs:heldout")
     counts = dict.fromkeys(shares) if max_windows is None else _apportioned(max_windows, shares, what="max_windows")
-    found = {}
+    by_text = {}
     for spec, count in counts.items():
         if written_spec(spec) is None:
-            found[spec] = evaluation_windows(tokenizer, texts(spec), window=window, max_windows=count)
+            by_text[spec] = evaluation_windows(tokenizer, texts(spec), window=window, max_windows=count)
         else:
             store = written_text(written, spec)
             spans = itertools.islice(itertools.pairwise(store.offsets), count)
-            found[spec] = [torch.from_numpy(store.ids[start:stop][:window].astype(np.int64))[None] for start, stop in spans]
-    return found
+            by_text[spec] = [torch.from_numpy(store.ids[start:stop][:window].astype(np.int64))[None] for start, stop in spans]
+    return by_text
 
 
 def _apportioned(number: int, shares: Mapping[str, float], *, what: str) -> dict[str, int]:

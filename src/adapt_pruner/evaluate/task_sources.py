@@ -145,8 +145,8 @@ def find_tasks(names: str, *, task_dir: str | Path | None = None, trust_remote_c
     lm_eval()
     with as_lm_eval_does():
         index = _Index(task_dir, trust_remote_code)
-        wanted = {line.name: line for name in _expanded(names) for line in index.find(name)}
-    return list(wanted.values())
+        lines = {line.name: line for name in _expanded(names) for line in index.find(name)}
+    return list(lines.values())
 
 
 def _expanded(names: str) -> list[str]:
@@ -222,8 +222,8 @@ class _Index:
         """The tasks that a name stands for: with the folder's data, with data from the hub, or else from the package."""
         self.check(name)
         below = self._below(name)
-        for own in [other for other in below if other in self._own]:
-            self._put(own, {})
+        for listed in [other for other in below if other in self._own]:
+            self._put(listed, {})
         if name in self._over:
             self._put(name, self._over[name])
         try:
@@ -244,8 +244,8 @@ class _Index:
             return []
         if entry.kind.name == "TAG":
             return [(task, {}) for task in sorted(entry.tags)]
-        members = (entry.cfg or {}).get("task")
-        listed = members if isinstance(members, list) else [members] if members else []
+        members = (entry.cfg or {}).get("task") or []
+        listed = members if isinstance(members, list) else [members]
         return [
             (member, {}) if isinstance(member, str) else (str(member.get("task") or member.get("group")), member)
             for member in listed

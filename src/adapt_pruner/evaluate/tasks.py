@@ -82,18 +82,18 @@ class TaskScore:
         }  # fmt: skip
 
 
-def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
+def set_shots(lines: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
     """Set, in place, how many examples precede each item; a task whose definition says 0 keeps 0, as in lm-eval.
 
     Returns:
         The tasks that keep 0 although another number was asked for.
     """
     kept = []
-    for task_name, task in _tasks(wanted):
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own == 0 and num_fewshot != 0:
+    for task_name, task in _tasks(lines):
+        default = task.get_config("num_fewshot")
+        if num_fewshot is not None and default == 0 and num_fewshot != 0:
             kept.append(task_name)
-        elif num_fewshot is not None or own is None:
+        elif num_fewshot is not None or default is None:
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
     return kept
 
@@ -101,7 +101,7 @@ def set_shots(wanted: Sequence[Wanted], num_fewshot: int | None) -> list[str]:
 def evaluate_tasks(
     model: Any,
     tokenizer: Any,
-    wanted: Sequence[Wanted],
+    lines: Sequence[Wanted],
     *,
     limit: int | None = None,
     dtype: str = "float32",
@@ -115,7 +115,7 @@ def evaluate_tasks(
     Args:
         model: causal LM in eval mode; left as found.
         tokenizer: a transformers tokenizer.
-        wanted: see `task_sources.find_tasks`; `set_shots` has been called on them.
+        lines: see `task_sources.find_tasks`; `set_shots` has been called on them.
         limit: score only the first `limit` items of each task.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
         cache: folder of the scores; by default tasks/ in `cache_folder()`.
@@ -124,7 +124,7 @@ def evaluate_tasks(
         warn: called with a sentence if requests are longer than the model can read.
 
     Returns:
-        One score per line of `wanted`.
+        One score per line of `lines`.
 
     Raises:
         UsageError: a task cannot be scored as it is defined.
@@ -164,7 +164,7 @@ def evaluate_tasks(
 
     lm = None
     scores: dict[str, dict[str, Any]] = {}
-    for name, task in _tasks(wanted):
+    for name, task in _tasks(lines):
         with as_lm_eval_does():
             made_from = {"format": _FORMAT, "model": whose, "precision": precision, "task": _task_fingerprint(task, limit)}
         path = folder / f"{hashlib.sha256(to_json(made_from).encode()).hexdigest()[:32]}.json"
@@ -184,7 +184,7 @@ def evaluate_tasks(
             _keep(path, {"made_from": made_from, "score": score, "on": on})
             score["again"] = False
         scores[name] = score
-    return [_line(line, scores) for line in wanted]
+    return [_line(line, scores) for line in lines]
 
 
 @contextmanager
@@ -202,8 +202,8 @@ def _blamed_on(name: str, task: Any) -> Iterator[None]:
         ) from error
 
 
-def _tasks(wanted: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
-    return [(name, task) for line in wanted for name, task in line.tasks.items()]
+def _tasks(lines: Sequence[Wanted]) -> Iterable[tuple[str, Any]]:
+    return [(name, task) for line in lines for name, task in line.tasks.items()]
 
 
 def _figures(name: str, task: Any, results: Any) -> dict[str, Any]:
@@ -235,9 +235,9 @@ def _line(line: Wanted, scores: Mapping[str, Mapping[str, Any]]) -> TaskScore:
         key: float(value) for key, value in line.group.aggregate(by_task).items() if isinstance(value, int | float) and "," in key
     }
     chances, items = [part.chance for part in parts], sum(part.items for part in parts)
-    known = [chance * part.items for chance, part in zip(chances, parts, strict=True) if chance is not None]
+    pooled = [chance * part.items for chance, part in zip(chances, parts, strict=True) if chance is not None]
     whole = {
-        "metrics": metrics, "chance": sum(known) / items if len(known) == len(parts) else None, "items": items,
+        "metrics": metrics, "chance": sum(pooled) / items if len(pooled) == len(parts) else None, "items": items,
         "shots": parts[0].shots, "version": str(line.group.version), "seconds": sum(part.seconds for part in parts),
         "again": all(part.again for part in parts),
     }  # fmt: skip
@@ -266,7 +266,7 @@ def average(scores: Sequence[TaskScore]) -> tuple[float, float | None] | None:
     if len(counted) < 2:
         return None
     errors = [score.stderr for score in counted if score.stderr is not None]
-    error = math.sqrt(sum(own**2 for own in errors)) / len(counted) if len(errors) == len(counted) else None
+    error = math.sqrt(sum(each**2 for each in errors)) / len(counted) if len(errors) == len(counted) else None
     return sum(score.value for score in counted) / len(counted), error
 
 
@@ -292,8 +292,8 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for settings in (model.config, model.generation_config):  # generation_config decides what a model writes
-        said = {} if settings is None else settings.to_diff_dict()
-        digest.update(_stable({key: value for key, value in said.items() if key not in _PASSING}))
+        changed = {} if settings is None else settings.to_diff_dict()
+        digest.update(_stable({key: value for key, value in changed.items() if key not in _PASSING}))
     backend = getattr(tokenizer, "backend_tokenizer", None)
     digest.update(backend.to_str().encode() if backend is not None else _stable(tokenizer.get_vocab()))
     digest.update(_stable({"special": tokenizer.special_tokens_map, "longest": tokenizer.model_max_length}))
@@ -316,9 +316,9 @@ def _task_fingerprint(task: Any, limit: int | None) -> str:
 
 def _own_code(task: Any) -> list[Path]:
     """The Python files beside those that define a task and its functions, except lm-eval's own, which its version identifies."""
-    theirs = Path(lm_eval().__file__).parent
+    package = Path(lm_eval().__file__).parent
     files = {inspect.getsourcefile(type(task)), *(code.co_filename for code in _functions(vars(task.config)))}
-    folders = {Path(file).parent for file in files if file is not None and not Path(file).is_relative_to(theirs)}
+    folders = {Path(file).parent for file in files if file is not None and not Path(file).is_relative_to(package)}
     return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 

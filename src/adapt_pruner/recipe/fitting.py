@@ -127,11 +127,11 @@ def _check_chosen(recipe: "Recipe") -> None:
 def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     """The dotted keys that nothing in a recipe reads, whatever their values: key -> why, and what else to set so that it is read."""
     reads, needs = parts.reads("reduce", recipe.reduce), parts.needs("reduce", recipe.reduce)
-    found: dict[str, tuple[str, str]] = {}
+    ignored: dict[str, tuple[str, str]] = {}
 
     def add(keys: Iterable[str], why: str, remedy: str = "") -> None:
         for key in keys:
-            found.setdefault(key, (why, remedy))
+            ignored.setdefault(key, (why, remedy))
 
     chosen = "chosen" in needs
     part = f"reduce {recipe.reduce.partition('(')[0]!r}"
@@ -150,7 +150,7 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
     repairs = recipe.repair is not None and "repair" in reads
     if not repairs:
         add(("calibration.self_generated", "calibration.repair_samples"), "only a repair reads it", "set repair")
-    scored = {key for key in ("metric", "distance", "head_metric") if key not in found and getattr(recipe, key) is not None}
+    scored = {key for key in ("metric", "distance", "head_metric") if key not in ignored and getattr(recipe, key) is not None}
     by_text = scored - ({"metric"} if "text" not in parts.needs("metric", recipe.metric) else set())
     solved = "solver" in reads and recipe.solver is not None and "text" in parts.needs("solver", recipe.solver)
     if not (repairs or solved or needs & {"text"} or "calibration" in reads or (chosen and "training" not in needs and by_text)):
@@ -176,7 +176,7 @@ def unread(recipe: "Recipe") -> dict[str, tuple[str, str]]:
         add(("evaluation.limit", "evaluation.task_dir"), "there are no tasks", "set evaluation.tasks, for example to commonsense")
     if not recipe.latency:
         add(("latency_of",), "there is no latency to reach", "set latency, for example to 0.7x")
-    return found
+    return ignored
 
 
 def _check_random(recipe: "Recipe") -> None:

@@ -214,11 +214,11 @@ class Scores(Chart):
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows, with one row per task."""
         rows = []
-        for one in self.scores:
-            both = [score(*figure, share=True) if figure else "–" for figure in (one.before, one.now)]
-            kept = shown(one.now[0] / one.before[0], "share") if one.before and one.now and one.before[0] else "–"
+        for row in self.scores:
+            both = [score(*figure, share=True) if figure else "–" for figure in (row.before, row.now)]
+            kept = shown(row.now[0] / row.before[0], "share") if row.before and row.now and row.before[0] else "–"
             rows.append(
-                [one.task, one.metric, f"{one.items:,}", *both, kept, "–" if one.chance is None else f"{100 * one.chance:.1f}"]
+                [row.task, row.metric, f"{row.items:,}", *both, kept, "–" if row.chance is None else f"{100 * row.chance:.1f}"]
             )
         return ["task", "metric", "items", f"{self.begun}, %", "now, %", "kept", "guessing, %"], rows
 
@@ -494,11 +494,9 @@ def perplexities(figures: Figures) -> Lines | None:
             lines.append(Series(called, [(x, y) for x, y, _ in points], dots=True, labels=labels))
     if not lines or len(lines[0].points) < 2:
         return None
-    after = (
-        "after the stage’s cuts and after its training"
-        if figures.after_cuts
-        else f"after the stage’s {'training' if figures.steps else 'cuts'}"
-    )
+    after = f"after the stage’s {'training' if figures.steps else 'cuts'}"
+    if figures.after_cuts:
+        after = "after the stage’s cuts and after its training"
     return Lines(
         "perplexity", "Perplexity after each stage", f"On held-out text, {after}; lower is better.", lines,
         "parameters", "perplexity", "params", "perplexity", falls=True, log=bool(figures.after_cuts),

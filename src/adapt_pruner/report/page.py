@@ -226,8 +226,8 @@ def _source(source: object) -> str | None:
 
 def _copies(record: Record) -> str | None:
     """What of the text that was measured on the run also read."""
-    found = record.figures.get("not_held_out")
-    return "; ".join(map(str, found)) if isinstance(found, list) else None
+    roles = record.figures.get("not_held_out")
+    return "; ".join(map(str, roles)) if isinstance(roles, list) else None
 
 
 def _advice(record: Record, figures: Figures) -> list[Advice]:

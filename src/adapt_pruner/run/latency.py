@@ -79,8 +79,8 @@ def budget_for(work: Work) -> dict[str, Any]:
         within = predicted(table, axes, sizes_alike(work, keep=middle)) <= share
         low, high = (middle, high) if within else (low, middle)
     foretold = predicted(table, axes, sizes_alike(work, keep=low))
-    found = {"asked": share, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}
-    return {"latency": found, "measuring_seconds": round_of_two * (2 * ROUNDS + 1)}
+    figures = {"asked": share, "of": recipe.latency_of, "params": low, "predicted": foretold, "table": table}
+    return {"latency": figures, "measuring_seconds": round_of_two * (2 * ROUNDS + 1)}
 
 
 def params_to_keep(recipe: Recipe, figures: Mapping[str, Any]) -> int | None:
@@ -187,8 +187,10 @@ def _in_turn(
     shares, seconds = [], []
     for round_idx in range(rounds + 1):
         listen(Progress(phase="time", what="the result", done=round_idx, of=rounds))
-        theirs, ours = (reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned))
+        dense_seconds, pruned_seconds = (
+            reading_and_writing(model, ids, WRITTEN if decode else 0)[decode] for model in (dense, pruned)
+        )
         if round_idx:  # the first round is slow
-            shares.append(ours / theirs)
-            seconds.append(theirs)
+            shares.append(pruned_seconds / dense_seconds)
+            seconds.append(dense_seconds)
     return shares, statistics.median(seconds)

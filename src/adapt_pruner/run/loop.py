@@ -165,8 +165,8 @@ def reduce(work: Work, stage: Stage, trainer: Trainer) -> None:
         with state.clock("cut"):
             work.apply(change)
         layers = {} if change.mask is None else {"layers_left": state.layers_left}
-        told = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
-        work.tell(Cut(**told))
+        figures = {**state.history[-1], **change.told, **layers, "read": state.figures.get("calibration_tokens", 0)}
+        work.tell(Cut(**figures))
         trainer.save_if_due(called(stage.stage, cut=work.iteration - 1))
     results.warn_of_pattern(work)
     if work.num_params > stage.params and not work.recipe.makes_zeros:

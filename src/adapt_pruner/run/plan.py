@@ -27,7 +27,17 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.conversations import specs_to_write
-from adapt_pruner.run.estimate import Setup, Shapes, Speed, operations, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.run.estimate import (
+    Setup,
+    Shapes,
+    Speed,
+    operations,
+    process_bytes,
+    pruning_memory,
+    repair_memory,
+    shapes,
+    training_memory,
+)
 from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Stage, Work
@@ -87,9 +97,9 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
         if tasks and evaluation.tasks is not None:
             add("task", stage, None)
 
-    own = [calibration.samples] if work.reads_text and writes_text(recipe) else []
+    calibrating = [calibration.samples] if work.reads_text and writes_text(recipe) else []
     learnt = recipe.training.written if specs_to_write(recipe) else 0
-    for samples in (*own, calibration.self_generated if recipe.repair is not None else 0, learnt):
+    for samples in (*calibrating, calibration.self_generated if recipe.repair is not None else 0, learnt):
         if samples and not begun:  # on a GPU the time of a token depends on its kernels, not on its operations
             a_token = operations(now, replace(how, length=calibration.length), kind="read")
             add("write", 0, None if how.device == "cuda" else samples * calibration.length * a_token)
@@ -140,16 +150,16 @@ def _iteration(work: Work, stage: Stage, now: Shapes, how: Setup) -> list[tuple[
     if now.params < planned:  # some of its cuts are done
         times = work.reduction.num_steps(work, start=start, reached=now.params, target=stage.params)
     read, both = operations(of, how, kind="read"), operations(of, how, kind="score")
-    found: list[tuple[str, float | None, int]] = []
+    items: list[tuple[str, float | None, int]] = []
     for phase, passes in work.reduction.phases(work, stage.params).items():
         flops = None if passes.flops is None else passes.forward * read + passes.both * both + passes.flops
-        found.append((phase, flops, times if passes.times is None else passes.times))
-    return [*found, ("cut", 0.0, times)]
+        items.append((phase, flops, times if passes.times is None else passes.times))
+    return [*items, ("cut", 0.0, times)]
 
 
 def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tuple[int, str], float]:
     """Stage and phase -> its seconds, as far as its operations are known. Stage 0 is what comes before the first."""
-    dense, found = shapes(work.model), dict[tuple[int, str], float]()
+    dense, by_phase = shapes(work.model), dict[tuple[int, str], float]()
     for item in planned.items:
         phase, number, of, tokens, taught = item["phase"], item["stage"], dense, 0, 0.0
         flops = item["times"] * (item["flops"] or 0.0) / (phase_of(phase).ease if how.device == "cpu" else 1.0)
@@ -157,8 +167,8 @@ def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tupl
             of, tokens = _in_training(work, work.stages[number - 1], dense), work.stages[number - 1].tokens
             taught = 0.0 if how.teacher is None else tokens * operations(how.teacher, how, kind="read")  # a teacher only reads
         took = seconds_of(of, how, speed.of(phase), flops=flops - taught, trained=tokens)
-        found[number, phase] = found.get((number, phase), 0.0) + took + seconds_of(dense, how, speed, flops=taught)
-    return found
+        by_phase[number, phase] = by_phase.get((number, phase), 0.0) + took + seconds_of(dense, how, speed, flops=taught)
+    return by_phase
 
 
 def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
@@ -169,19 +179,29 @@ def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
         how: how it trains, and where.
     """
     recipe, dense, use = work.recipe, shapes(work.model), work.reduction.text_use(work)
+    calibration = recipe.calibration
+    moments = bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     scoring = partial(
-        pruning_memory, dense, how, samples=recipe.calibration.samples, length=recipe.calibration.length,
-        moments=bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None,
+        pruning_memory, dense, how, samples=calibration.samples, length=calibration.length, moments=moments,
         reads=use.forward or recipe.evaluation.source is not None,
     )  # fmt: skip
     passes = [scoring(evidence=use.evidence)]
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
-    found = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
+    if recipe.repair is not None and "gram" in parts.needs("repair", recipe.repair):
+        samples = calibration.samples + calibration.self_generated + calibration.repair_samples
+        options = parts.bind("repair", recipe.repair).keywords
+        chosen, sequential = options.get("ridge", 0) is None, bool(options.get("sequential"))
+        passes.append(
+            repair_memory(
+                dense, how, samples=samples, length=calibration.length, moments=moments, chosen=chosen, sequential=sequential
+            )
+        )
+    peaks = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)
-        found["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
-    return found
+        peaks["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
+    return peaks
 
 
 def most_bytes(work: Work, how: Setup) -> int:

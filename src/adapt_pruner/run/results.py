@@ -221,16 +221,16 @@ def measure_chat(work: Work, *, stage: int) -> float:
 
     work.begins("evaluate", stage=stage)
     with work.state.clock("evaluate"):
-        found = world.on_main(answered)
-    if isinstance(found, str):
-        work.warn(f"the model was not asked our prompts: {found}")
+        chat = world.on_main(answered)
+    if isinstance(chat, str):
+        work.warn(f"the model was not asked our prompts: {chat}")
         return 0.0
-    saved = float(found.pop("saved"))
-    known = figures.get("chat", [])
-    dense = next((each["right"] for each in known if each["stage"] == 0), None)
-    told = Chatted(stage=stage, dense=dense, **found)
-    figures["chat"] = [*known, {"stage": stage, **found}]
-    work.tell(told)
+    saved = float(chat.pop("saved"))
+    earlier = figures.get("chat", [])
+    dense = next((each["right"] for each in earlier if each["stage"] == 0), None)
+    event = Chatted(stage=stage, dense=dense, **chat)
+    figures["chat"] = [*earlier, {"stage": stage, **chat}]
+    work.tell(event)
     return saved
 
 

@@ -298,7 +298,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     with work.state.clock("score") if writes_text(recipe) else nullcontext():
         calibration = _calibration(work, folder, written, begun=begun, write=write) if work.reads_text else lambda iteration: []
     with work.state.clock("repair"):
-        own = [*_repair_text(work, folder, begun=begun), *_further_text(work, written)] if write else []
+        further = [*_repair_text(work, folder, begun=begun), *_further_text(work, written)] if write else []
     if write:
         work.begins("read")  # the model may have written in between
     make_feed = parts.bind("feed", recipe.training.feed, seed=recipe.seed)
@@ -309,7 +309,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     if world.is_main() and not begun:
         _warn_of_texts(work, begins_with if work.reads_text else None, held_out)
     digests = {
-        "calibration text": digest_of([*begins_with, *own]),
+        "calibration text": digest_of([*begins_with, *further]),
         "training text": "" if rows is None else rows.digest(),
         "held-out text": digest_of(held_out) if held_out else "",
         "teacher": "" if recipe.training.teacher is None else identity(recipe.training.teacher),
@@ -319,7 +319,7 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
         ends = whole_batches(feed.ends([stage.tokens for stage in work.stages]), batch_rows=recipe.training.batch_rows)
         digests |= feed.inputs()
     work.data = RunData(
-        calibration, own, feed, ends, digests, held_out, [text for text, windows in by_text.items() for _ in windows], work.task.num_bytes(work.tokenizer, held_out),
+        calibration, further, feed, ends, digests, held_out, [text for text, windows in by_text.items() for _ in windows], work.task.num_bytes(work.tokenizer, held_out),
         teacher_of(work, begun=begun), held_out_chats(written), rows is not None and rows.has_goals, tasks,
     )  # fmt: skip
 
@@ -339,10 +339,10 @@ def _warn_of_texts(work: Work, begins_with: list[Tensor] | None, held_out: list[
         f"{role}.{key}": getattr(getattr(recipe, role), key) for role, key in settings.items() if sources[role] is not None
     }
     shared = same_tokens(ids, begins_with, str(recipe.evaluation.source), held_out) if ids and begins_with is not None else None
-    found = overlaps(sources)
-    if repeated := [overlap.found for overlap in found if "evaluation" in overlap.roles]:
+    overlapping = overlaps(sources)
+    if repeated := [overlap.found for overlap in overlapping if "evaluation" in overlap.roles]:
         work.state.figures["not_held_out"] = repeated
-    for sentence in (*(overlap.sentence for overlap in found), shared, *too_long(work.model.config, lengths)):
+    for sentence in (*(overlap.sentence for overlap in overlapping), shared, *too_long(work.model.config, lengths)):
         if sentence:
             work.warn(sentence)
 
@@ -356,9 +356,9 @@ def _tasks(work: Work, *, load: bool) -> list[Wanted]:
     if not load:
         check_tasks(evaluation.tasks, **how)
         return []
-    wanted = find_tasks(evaluation.tasks, **how)
-    set_shots(wanted, None)
-    return wanted
+    tasks = find_tasks(evaluation.tasks, **how)
+    set_shots(tasks, None)
+    return tasks
 
 
 def _check_machine(work: Work) -> None:
@@ -387,8 +387,8 @@ def _check_machine(work: Work) -> None:
         raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
     if training.liger and model.device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
-    for package, wanted, extra in (("liger_kernel", training.liger, "liger"), ("peft", training.lora is not None, "lora")):
-        if wanted and importlib.util.find_spec(package) is None:
+    for package, needed, extra in (("liger_kernel", training.liger, "liger"), ("peft", training.lora is not None, "lora")):
+        if needed and importlib.util.find_spec(package) is None:
             raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
 
 
@@ -456,14 +456,14 @@ def _written(work: Work, writer: Any, what: str, *, samples: int, seed: int) -> 
 def _kept_text(path: Path, work: Work, what: str, *, samples: int, seed: int, begun: bool) -> None:
     """Let the model as it was at the start write a text, and save it; do nothing if the run has that text already."""
     recipe = work.recipe
-    wanted = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
+    settings = {"samples": samples, "length": recipe.calibration.length, "seed": seed}
     if begun:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            if read_json(path)["asked"] == wanted:
+            if read_json(path)["asked"] == settings:
                 return
     written = _written(work, dense_again(work, f"{path} is missing") if begun else work.model, what, samples=samples, seed=seed)
     with writing(path):
-        write_whole(path, to_json({"asked": wanted, "input_ids": written.tolist()}))
+        write_whole(path, to_json({"asked": settings, "input_ids": written.tolist()}))
 
 
 def _rows(work: Work, written: Written, *, moving: bool) -> Rows | None:
@@ -484,11 +484,11 @@ def _rows(work: Work, written: Written, *, moving: bool) -> Rows | None:
 
 
 def _held_out(work: Work, written: Written) -> dict[str, list[Tensor]]:
-    asked = work.recipe.evaluation
-    if asked.source is None or _unwritten(asked.source, written):
+    evaluation = work.recipe.evaluation
+    if evaluation.source is None or _unwritten(evaluation.source, written):
         return {}
     return work.task.held_out(
-        work.tokenizer, source=asked.source, window=asked.window, max_windows=asked.max_windows, **_with(written)
+        work.tokenizer, source=evaluation.source, window=evaluation.window, max_windows=evaluation.max_windows, **_with(written)
     )
 
 

@@ -63,9 +63,9 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             for name in recipe.report_to:
                 start(name)
         step = event.step if isinstance(event, Step | Resumed) and event.step is not None else step
-        told = {f"{event.event}/{name}": value for name, value in event.figures().items()}
-        for tracked in list(running) if told else ():
-            attempt(tracked, lambda tracker: tracker.log(told, step=step))
+        figures = {f"{event.event}/{name}": value for name, value in event.figures().items()}
+        for tracked in list(running) if figures else ():
+            attempt(tracked, lambda tracker: tracker.log(figures, step=step))
 
     try:
         yield tell

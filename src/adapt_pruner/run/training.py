@@ -378,14 +378,14 @@ def _check_hidden(work: Work, teacher: Any) -> None:
         raise UsageError(
             f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
         )
-    ours, theirs = (
+    student_size, teacher_size = (
         (len(decoder_layers(model, families.axes(model))), model.get_input_embeddings().weight.shape[1])
         for model in (work.model, teacher)
     )
-    if ours != theirs:
+    if student_size != teacher_size:
         raise UsageError(
-            f"objectives.distil(hidden=…) compares hidden states layer by layer, but {recipe.model} has {ours[0]} layers of width {ours[1]} and "
-            f"the teacher {theirs[0]} of {theirs[1]}; leave out hidden"
+            f"objectives.distil(hidden=…) compares hidden states layer by layer, but {recipe.model} has {student_size[0]} layers of width {student_size[1]} and "
+            f"the teacher {teacher_size[0]} of {teacher_size[1]}; leave out hidden"
         )
 
 

@@ -190,9 +190,9 @@ def kl_of_logits(
     head, logits_of = task.head(teacher), logit_map(teacher)
 
     def loss(logits: Tensor, rows: slice, gradient: bool) -> Tensor:
-        wanted = logits_of.apply_(F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype))
+        teachers = logits_of.apply_(F.linear(goal[rows].to(head.weight.dtype), head.weight, head.bias).to(logits.dtype))
         ours = logits if t == 1 and alpha == 1 else logits / t  # the logits themselves may be overwritten
-        log_p, log_q = log_softmax_(wanted if t == 1 else wanted.div_(t)), log_softmax_(ours)
+        log_p, log_q = log_softmax_(teachers if t == 1 else teachers.div_(t)), log_softmax_(ours)
         p = log_p.exp()
         total = alpha * t**2 * torch.dot(p.flatten(), log_p.sub_(log_q).flatten())
         if alpha < 1:
@@ -209,15 +209,15 @@ def kl_of_logits(
 
 
 def _hidden_distance(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], task: CausalLM, input_ids: Tensor, predicted: Tensor | None
+    student: Sequence[Tensor], teacher: Sequence[Tensor], task: CausalLM, input_ids: Tensor, predicted: Tensor | None
 ) -> Tensor:
-    if len(ours) != len(theirs) or ours[0].shape != theirs[0].shape:
+    if len(student) != len(teacher) or student[0].shape != teacher[0].shape:
         raise UsageError(
-            f"hidden states cannot be compared: the model has {len(ours) - 1} layers of width {ours[0].shape[-1]}, "
-            f"the teacher {len(theirs) - 1} of {theirs[0].shape[-1]}; leave out the option hidden of objectives.distil"
+            f"hidden states cannot be compared: the model has {len(student) - 1} layers of width {student[0].shape[-1]}, "
+            f"the teacher {len(teacher) - 1} of {teacher[0].shape[-1]}; leave out the option hidden of objectives.distil"
         )
     total = torch.zeros((), device=input_ids.device)
-    for pair in zip(ours[1:], theirs[1:], strict=True):
+    for pair in zip(student[1:], teacher[1:], strict=True):
         state, goal = (task.predicting(hidden.float(), input_ids, predicted)[0] for hidden in pair)
         total = total + ((state - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).sum()
-    return total / (len(ours) - 1)
+    return total / (len(student) - 1)
