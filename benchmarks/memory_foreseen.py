@@ -2,7 +2,7 @@
 
     python benchmarks/memory_foreseen.py [CASE …]
 
-Foreseen: the sum of `training_memory` or `pruning_memory`. Tensors: the bytes of all tensors that live at one time, at the most. The code
+Foreseen: the sum of `training_memory`, `pruning_memory` or `repair_memory`. Tensors: the bytes of all tensors that live at one time, at the most. The code
 decides them, so they are the same on every machine; tests/test_forecast.py holds the formulas against them, on smaller models. Grown: the
 peak of a fresh process on one core, less what it held before it had a model, with an allocator that gives back what is freed, and as it comes,
 for which `process_bytes` is what is foreseen. A process has more than its tensors: oneDNN packs matrices into buffers of its own, most of them for AMX
@@ -29,10 +29,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
+from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.precision import native_bfloat16
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Fixed
-from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.reduce.repair.closed_form import least_squares
+from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, repair_memory, shapes, training_memory
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -41,18 +43,21 @@ from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
 
 EVIDENCE = {"pruning": Evidence.GRADIENTS, "samples": Evidence.SAMPLE_GRADIENTS, "reading": Evidence.FORWARD}
-"""What is seen in the phases that do not train."""
+"""What is seen in the phases that score."""
+REPAIRS: dict[str, dict[str, Any]] = {"repair": {"ridge": 0.3}, "repair-twice": {"ridge": None, "sequential": True}}
+"""Options of a least-squares repair in the phases that repair."""
 SAMPLES = 4
-"""Rows of calibration text in them."""
+"""Rows of calibration text, where a case does not say more."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A phase of a run: `training` or one of `EVIDENCE`, of a Llama with this config."""
+    """A phase of a run: `training` or one of `EVIDENCE` or `REPAIRS`, of a Llama with this config."""
 
     phase: str
     config: dict[str, Any]
     how: Setup
+    samples: int = SAMPLES
 
 
 WIDE = {  # 60 M parameters: the states are most of it
@@ -76,6 +81,8 @@ CASES = {
     "pruning": Case("pruning", WIDE, Setup("cpu", True, 256, 256, 512)),
     "samples": Case("samples", WIDE, Setup("cpu", False, 256, 256, 512)),
     "reading": Case("reading", WIDE, Setup("cpu", True, 256, 256, 512)),
+    "repair": Case("repair", WIDE, Setup("cpu", True, 256, 256, 512)),
+    "repair-twice": Case("repair-twice", WIDE, Setup("cpu", True, 256, 256, 512), samples=16),
 }
 
 
@@ -155,8 +162,11 @@ def foreseen(case: Case) -> dict[str, int]:
     """What the formulas say, by what it holds."""
     with torch.device("meta"):
         of = shapes(LlamaForCausalLM(LlamaConfig(**case.config)))
+    asked: dict[str, Any] = {"samples": case.samples, "length": case.how.length, "moments": False}
+    if case.phase in REPAIRS:
+        options = REPAIRS[case.phase]
+        return repair_memory(of, case.how, **asked, chosen=options["ridge"] is None, sequential=options.get("sequential", False))
     if case.phase in EVIDENCE:
-        asked: dict[str, Any] = {"samples": SAMPLES, "length": case.how.length, "moments": False}
         return pruning_memory(of, case.how, **asked, evidence=EVIDENCE[case.phase])
     return training_memory(of, case.how)
 
@@ -166,10 +176,14 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
     how, rows = case.how, case.how.batch_tokens // case.how.length
     dtype = "bfloat16" if how.narrow else "float32"
     model = LlamaForCausalLM(LlamaConfig(**case.config))
-    if case.phase in EVIDENCE:
-        batches = list(torch.randint(3, case.config["vocab_size"], (SAMPLES, how.length)).split(1))
+    if case.phase in (*EVIDENCE, *REPAIRS):
+        batches = list(torch.randint(3, case.config["vocab_size"], (case.samples, how.length)).split(1))
         gauge.begin()
-        if case.phase == "reading":
+        if case.phase in REPAIRS:
+            whole = families.axes(model)
+            first = {axis.name: torch.arange(axis.entries) > 0 for axis in whole if axis.kind in ("neurons", "kv_heads")}
+            least_squares(model, whole, Mask(first), batches, dtype=dtype, **REPAIRS[case.phase])
+        elif case.phase == "reading":
             mean_loss(model, batches, dtype=dtype)
         else:
             axes = [
@@ -192,7 +206,7 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
 
 def _child(asked: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    case = Case(asked["phase"], asked["config"], Setup(**asked["how"]))
+    case = Case(asked["phase"], asked["config"], Setup(**asked["how"]), asked["samples"])
     with world.joined(lost=lambda sentence: os.abort()):
         if asked["tensors"]:
             with Tensors() as tensors:

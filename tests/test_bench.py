@@ -24,7 +24,9 @@ from conftest import LAYOUTS, tiny_model
 from test_cli import call
 from test_export import as_loaded, unequal
 
-SHAPES = Shapes(params=1400, decoder=1000, largest=500, layers=2, vocabulary=40, width=10, queries=20, keys=10, neurons=60)
+SHAPES = Shapes(
+    params=1400, decoder=1000, largest=500, layers=2, vocabulary=40, width=10, queries=20, keys=10, neurons=60, widest=30
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from conftest import LAYOUTS, suited, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import scaling_table
-from memory_foreseen import WIDE, Case, Tensors, apart, foreseen, most_bytes
+from memory_foreseen import EVIDENCE, WIDE, Case, Tensors, apart, foreseen, most_bytes
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -44,6 +44,8 @@ LONG = SMALL | {
     "num_key_value_heads": 2,
 }  # fmt: skip
 BROAD = UNTIED | {"hidden_size": 320, "intermediate_size": 1024, "num_hidden_layers": 4}
+ONE_LAYER = UNTIED | {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 1, "num_attention_heads": 16,
+    "num_key_value_heads": 16}  # fmt: skip
 MANY_TOKENS = SMALL | {"vocab_size": 16_384, "hidden_size": 80, "intermediate_size": 256, "num_hidden_layers": 4}
 CASES = {
     "states": Case("training", SMALL, Setup("cpu", False, 64, 128, 256)),
@@ -59,6 +61,8 @@ CASES = {
     "pruning-many-tokens": Case("pruning", MANY_TOKENS, Setup("cpu", True, 64, 64, 128)),
     "samples": Case("samples", SMALL, Setup("cpu", False, 64, 64, 128)),
     "reading": Case("reading", SMALL, Setup("cpu", True, 64, 64, 128)),
+    "repair": Case("repair", ONE_LAYER, Setup("cpu", False, 32, 32, 64), samples=32),
+    "repair-twice": Case("repair-twice", ONE_LAYER, Setup("cpu", False, 64, 64, 128), samples=32),
 }
 CLOSE = 0.05
 """What the formulas leave out: norms, sums on their way, a layer's values at the moment of its peak."""
@@ -97,13 +101,14 @@ def test_a_term_that_a_formula_forgot_would_show() -> None:
     """Each is large enough in one of the cases."""
     terms, shown = set(), set()
     for name, case in CASES.items():
-        parts, formula = foreseen(case), "training" if case.phase == "training" else "pruning"
+        parts = foreseen(case)
+        formula = "pruning" if case.phase in EVIDENCE else case.phase.partition("-")[0]
         for term, size in parts.items():
             terms |= {(formula, term)} if size else set()
             if sum(parts.values()) - size != pytest.approx(counted(name), rel=CLOSE):
                 shown.add((formula, term))
     assert terms == shown
-    assert len(terms) >= 8 + 7, "none is zero in all cases but the moments of a pruning"
+    assert len(terms) >= 8 + 7 + 5, "none is zero in all cases but the moments of a pruning"
 
 
 def test_a_process_holds_more_than_its_tensors() -> None:

@@ -72,8 +72,8 @@ def of_gguf(path: Path) -> Weights:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise RunError(f"{path} cannot be read ({first_line(error)}); export it again") from error
 
-    def outputs(name: str) -> int:
-        return sum(shape[1] for key, shape in by_name.items() if key.endswith(f".{name}.weight"))
+    def outputs(name: str) -> list[int]:
+        return [shape[1] for key, shape in by_name.items() if key.endswith(f".{name}.weight")]
 
     def heads(key: str) -> int:
         """Outputs of all layers' queries or keys where they are one matrix with the values: heads times their size."""
@@ -95,8 +95,9 @@ def of_gguf(path: Path) -> Weights:
     params = sum(int(tensor.n_elements) for tensor in tensors)
     shapes = Shapes(
         params=params, decoder=sum(layers.values()), largest=max(layers.values(), default=0), layers=len(layers),
-        vocabulary=vocabulary, width=width, queries=heads("head_count") if fused else outputs("attn_q"),
-        keys=heads("head_count_kv") if fused else outputs("attn_k"), neurons=outputs("ffn_up"),
+        vocabulary=vocabulary, width=width, queries=heads("head_count") if fused else sum(outputs("attn_q")),
+        keys=heads("head_count_kv") if fused else sum(outputs("attn_k")), neurons=sum(outputs("ffn_up")),
+        widest=max(outputs("ffn_up"), default=0),
     )  # fmt: skip
     return Weights(shapes, sum(int(tensor.n_bytes) for tensor in tensors) / params, 2)
 

@@ -13,6 +13,7 @@ from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.layers import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
+from adapt_pruner.reduce.repair import closed_form
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
@@ -35,6 +36,7 @@ class Shapes:
         queries: A, query features, summed over layers.
         keys: K, key features, summed over layers.
         neurons: I, summed over layers.
+        widest: neurons of the widest layer.
     """
 
     params: int
@@ -46,6 +48,7 @@ class Shapes:
     queries: int
     keys: int
     neurons: int
+    widest: int
 
     @property
     def head(self) -> int:
@@ -65,22 +68,25 @@ class Shapes:
     def cut_to(self, params: int) -> "Shapes":
         """These shapes with every layer pruned alike until `params` parameters are left."""
         share = (self.decoder - (self.params - params)) / self.decoder
-        shrunk = {key: round(getattr(self, key) * share) for key in ("decoder", "largest", "queries", "keys", "neurons")}
+        shrunk = {
+            key: round(getattr(self, key) * share) for key in ("decoder", "largest", "queries", "keys", "neurons", "widest")
+        }
         return replace(self, params=params, **shrunk)
 
 
 def shapes(model: Any) -> Shapes:
     """The shapes of a causal LM of a known family; the model may lie on the meta device."""
-    sums = {"queries": 0, "keys": 0, "neurons": 0}
+    sums, widest = {"queries": 0, "keys": 0, "neurons": 0}, 0
     for axis in families.axes(model):
         if axis.kind == "kv_heads":
             sums["queries"] += axis.size * axis.gate.width
             sums["keys"] += axis.size * min(piece.width for piece in axis.slices)
         elif axis.kind == "neurons":
             sums["neurons"] += axis.size
+            widest = max(widest, axis.size)
     stack = [count_parameters(layer) for layer in decoder_layers(model)]
     vocabulary, width = model.get_output_embeddings().weight.shape
-    return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums)
+    return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums, widest=widest)
 
 
 @dataclass(frozen=True)
@@ -194,9 +200,7 @@ def pruning_memory(
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
     rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
-    held = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
-    if how.teacher is not None:
-        held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    held = _held(of, how, moments=moments)
     if evidence is Evidence.WEIGHTS and not reads:
         return held
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
@@ -225,6 +229,42 @@ def pruning_memory(
     if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
         return {**held, **reading}
     return {**held, **scoring}
+
+
+def repair_memory(
+    of: Shapes, how: Setup, *, samples: int, length: int, moments: bool, chosen: bool = False, sequential: bool = False
+) -> dict[str, int]:
+    """Bytes of one process at the peak of a least-squares repair, by what holds them (`reduce.repair.closed_form`).
+
+    The text goes through one layer after the other. For each gate of a layer, the products of its features are summed in float32:
+    F² of them, twice with `sequential`, and twice if the ridge is chosen on a second part of the text. The widest system is
+    solved in float64, with F² numbers and F outputs of width H, three times if the ridge is chosen. If few features go, as in
+    small steps, F is nearly the number that stay.
+
+    Args:
+        samples: rows of text that the repair reads.
+        length: tokens of a row.
+        moments: whether the optimiser's moments are carried.
+        chosen: whether the ridge is chosen.
+        sequential: whether the inputs behind the pruned layers are seen, too.
+    """
+    tokens, heads = length * -(-samples // how.processes), of.queries // of.layers
+    matrices = (1 + sequential) * (1 + chosen)
+    return {
+        **_held(of, how, moments=moments),
+        "hidden states": 4 * tokens * (1 + sequential) * of.width,
+        "inputs": 4 * tokens * (of.widest + heads) * sequential,
+        "products": 4 * matrices * (of.widest**2 + heads**2),
+        "system": 8 * of.widest * (of.widest + (1 + 2 * chosen) * of.width + closed_form.ROWS),
+    }
+
+
+def _held(of: Shapes, how: Setup, *, moments: bool) -> dict[str, int]:
+    """Bytes that a process holds as long as it prunes."""
+    held = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    if how.teacher is not None:
+        held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
+    return held
 
 
 def process_bytes(parts: Mapping[str, int], device: str) -> int:

@@ -27,7 +27,17 @@ from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
 from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.conversations import specs_to_write
-from adapt_pruner.run.estimate import Setup, Shapes, Speed, operations, process_bytes, pruning_memory, shapes, training_memory
+from adapt_pruner.run.estimate import (
+    Setup,
+    Shapes,
+    Speed,
+    operations,
+    process_bytes,
+    pruning_memory,
+    repair_memory,
+    shapes,
+    training_memory,
+)
 from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Stage, Work
@@ -169,14 +179,24 @@ def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
         how: how it trains, and where.
     """
     recipe, dense, use = work.recipe, shapes(work.model), work.reduction.text_use(work)
+    calibration = recipe.calibration
+    moments = bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     scoring = partial(
-        pruning_memory, dense, how, samples=recipe.calibration.samples, length=recipe.calibration.length,
-        moments=bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None,
+        pruning_memory, dense, how, samples=calibration.samples, length=calibration.length, moments=moments,
         reads=use.forward or recipe.evaluation.source is not None,
     )  # fmt: skip
     passes = [scoring(evidence=use.evidence)]
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
+    if recipe.repair is not None and "gram" in parts.needs("repair", recipe.repair):
+        samples = calibration.samples + calibration.self_generated + calibration.repair_samples
+        options = parts.bind("repair", recipe.repair).keywords
+        chosen, sequential = options.get("ridge", 0) is None, bool(options.get("sequential"))
+        passes.append(
+            repair_memory(
+                dense, how, samples=samples, length=calibration.length, moments=moments, chosen=chosen, sequential=sequential
+            )
+        )
     found = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)

@@ -40,7 +40,7 @@ def part(
             inputs     every axis that may shrink lies at the input of a linear layer (metrics)
             chosen     the recipe's axes, metric, chooser, repair and widths; a reduction without this need uses none of them
             sparsity   the recipe's sparsity instead of a budget (reductions)
-            gram       sums of products of a layer's inputs (solvers)
+            gram       sums of products of a layer's inputs (solvers, repairs)
             dense      the same sums of the dense model, beside those of the sparse one (solvers)
             training   training text, since the reduction trains the model while it removes (reductions)
             one stage  a run of one stage, because the reduction cannot continue from its own result (reductions)

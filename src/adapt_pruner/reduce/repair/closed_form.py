@@ -29,11 +29,14 @@ RIDGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 FALLBACK = 1.0
 """The ridge if the text is too short to choose one, or too short for a ridge of 0."""
 
+ROWS = 256
+"""Rows of a float32 matrix that are read in float64 at one time."""
+
 _ROUNDING = 1e-6  # for features scaled to length 1: smaller values are float32 rounding
 _HELD_OUT = 4  # every fourth batch, from the second on, is held out to choose the ridge
 
 
-@part("repair")
+@part("repair", needs={"gram"})
 @torch.no_grad()
 def least_squares(
     model: nn.Module,
@@ -99,9 +102,9 @@ def least_squares(
         pruned = streams(model, mine, axes=axes, task=task, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
-    short, work, weights = 1.0, len(layers) * (1 + factors), _weights(model, axes)
+    short, work = 1.0, len(layers) * (1 + factors)
     for index, layer in enumerate(layers):
-        kept = _kept(axes, mask, layer=index)
+        kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
         fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
         if sequential:
             in_layer = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
@@ -185,75 +188,102 @@ def _fit_behind_pruned(
 
 
 class _Fit:
-    """The normal equations of the linear layer at one gate, and their solution."""
+    """The normal equations of the linear layer at one gate, and their solution.
+
+    Each part of the text has two float32 sums: Z_k Z_kᵀ, and the rows of X Z_kᵀ for r; with `sequential`, for all features. They
+    are read in slices, and the system is factored and solved in place, so a solution takes little beside one float64 matrix.
+    """
 
     def __init__(self, weight: Tensor, keep: Tensor, *, hold_out: bool, sequential: bool) -> None:
         self.weight = weight
         self.keep = keep.to(self.weight.device)
-        self.hold_out = hold_out
-        stays, features = int(keep.sum()), keep.numel()
-        sides = (features, stays) if sequential else (features,)
-        # one part to fit, one held out; each has X Z_kᵀ and Z_k Z_kᵀ, or only the first if Z is X, since it contains the second
-        self.parts = [[self.weight.new_zeros(side, stays, dtype=torch.float32) for side in sides] for _ in range(1 + hold_out)]
+        self.crossed = torch.ones_like(self.keep) if sequential else ~self.keep
+        self.sequential = sequential
+        stays = int(keep.sum())
+        self.parts = [  # one to fit, one held out
+            [weight.new_zeros(side, stays, dtype=torch.float32) for side in (stays, int(self.crossed.sum()))]
+            for _ in range(1 + hold_out)
+        ]
 
     def add(self, whole: Tensor, pruned: Tensor | None, number: int) -> None:
         """Add the layer's input in batch `number`, before and after pruning: [tokens, features]; None if both are the same."""
-        cross, *square = self.parts[self.hold_out and number % _HELD_OUT == 1]
+        square, cross = self.parts[len(self.parts) > 1 and number % _HELD_OUT == 1]
         stays = (whole if pruned is None else pruned)[:, self.keep]
-        cross.addmm_(whole.t(), stays)
-        for sums in square:
-            sums.addmm_(stays.t(), stays)
-
-    def _sums(self, part: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Z_k Z_kᵀ and X Z_kᵀ of one part, in float64."""
-        cross, *square = (sums.double() for sums in part)
-        return (square[0] if square else cross[self.keep]), cross
+        square.addmm_(stays.t(), stays)
+        cross.addmm_((whole if self.sequential else whole[:, self.crossed]).t(), stays)
 
     def apply(self, ridge: float | None, *, tokens: float) -> float:
-        """Change the layer's weight, in place; returns the features per token, 1 if there are enough tokens."""
+        """Change the layer's weight, in place, and drop the sums; returns the features per token, 1 if there are enough tokens."""
         for sums in self.parts:
             world.sum_in_place(*sums)
-        weight = self.weight.double()
-        staying = weight[:, self.keep]
-        square, cross = (sum(sums[1:], sums[0]) for sums in zip(*map(self._sums, self.parts), strict=True))
         short = max(1.0, self.keep.numel() / tokens)
         if ridge is None:
-            ridge = self._chosen(weight, staying)
+            ridge = self._chosen()
         elif ridge == 0 and short > 1:
             ridge = FALLBACK
-        solved = _solve(square, weight @ cross - staying @ square, ridge * short)
-        self.weight[:, self.keep] = (staying + solved).to(self.weight.dtype)
+        change = self._missing(*self.parts)
+        _solve(partial(self._square, *self.parts), change, ridge * short)
+        for rows, of_rows in zip(self.weight.split(ROWS), change.split(ROWS), strict=True):
+            rows[:, self.keep] = (rows[:, self.keep].double() + of_rows).to(rows.dtype)
+        self.parts = []
         return short
 
-    def _chosen(self, weight: Tensor, staying: Tensor) -> float:
-        """The ridge whose fit has the least error on the held-out batches."""
-        (square, cross), (held_square, held_cross) = map(self._sums, self.parts)
-        missing = weight @ cross - staying @ square
+    def _square(self, *parts: list[Tensor]) -> Tensor:
+        """Z_k Z_kᵀ of these parts: float64, column by column, which LAPACK factors in place."""
+        total = torch.zeros_like(parts[0][0], dtype=torch.float64).t()
+        for square, _ in parts:
+            for rows, of_rows in zip(total.split(ROWS), square.split(ROWS), strict=True):
+                rows += of_rows.double()
+        return total
+
+    def _missing(self, *parts: list[Tensor]) -> Tensor:
+        """W X Z_kᵀ - W_k Z_k Z_kᵀ of these parts, float64 [outputs, those that stay]; W_r X_r Z_kᵀ if Z is X."""
+        missing = self.weight.new_zeros(len(self.weight), int(self.keep.sum()), dtype=torch.float64)
+        for square, cross in parts:
+            for sums, features, sign in ((cross, self.crossed, 1), (square, self.keep, -1))[: 1 + self.sequential]:
+                for rows, columns in zip(sums.split(ROWS), features.nonzero().flatten().split(ROWS), strict=True):
+                    missing.addmm_(self.weight[:, columns].double(), rows.double(), alpha=sign)
+        return missing
+
+    def _chosen(self) -> float:
+        """The ridge whose fit has the least error on the held-out batches, ‖(W'_k - W_k) Z_k - (W X - W_k Z_k)‖²."""
+        fitted, held_out = self.parts
+        missing, wanted = self._missing(fitted), self._missing(held_out)
 
         def error(ridge: float) -> float:
-            tried = staying + _solve(square, missing, ridge)
-            return float(((tried @ held_square) * tried).sum() - 2 * (tried * (weight @ held_cross)).sum())
+            change = missing.clone()
+            _solve(partial(self._square, fitted), change, ridge)
+            slices = zip(held_out[0].split(ROWS), change.split(ROWS, dim=1), wanted.split(ROWS, dim=1), strict=True)
+            return sum(float(((change @ rows.double().t() - 2 * goal) * columns).sum()) for rows, columns, goal in slices)
 
         return min(RIDGES, key=error)
 
 
-def _solve(square: Tensor, missing: Tensor, ridge: float) -> Tensor:
-    """missing · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
+def _solve(square: Callable[[], Tensor], missing: Tensor, ridge: float) -> None:
+    """Replace `missing`, in place, by missing · (square + λI)⁻¹, λ = ridge · mean diagonal; directions without data get 0.
 
     Whether a direction has data is judged with every feature scaled to length 1, so that a very large one does not hide the
-    others.
+    others. `square` makes the matrix, which the factors overwrite.
     """
-    shifted = square + ridge * float(square.diagonal().mean()) * torch.eye(len(square), dtype=square.dtype, device=square.device)
-    scale = torch.where(shifted.diagonal() > 0, shifted.diagonal(), torch.ones_like(shifted.diagonal())).sqrt()
-    factor, failed = torch.linalg.cholesky_ex(shifted)
+
+    def shifted() -> Tensor:
+        made = square()
+        made.diagonal().add_(ridge * float(made.diagonal().mean()))
+        return made
+
+    factor, columns = shifted(), missing.t()
+    scale = torch.where(factor.diagonal() > 0, factor.diagonal(), torch.ones_like(factor.diagonal())).sqrt()
+    failed = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if not int(failed) and bool((factor.diagonal() > _ROUNDING**0.5 * scale).all()):
-        solved: Tensor = torch.cholesky_solve(missing.t(), factor).t()
-        return solved
-    values, vectors = torch.linalg.eigh(shifted / scale / scale[:, None])
+        torch.linalg.solve_triangular(factor, columns, upper=False, out=columns)
+        torch.linalg.solve_triangular(factor.t(), columns, upper=True, out=columns)
+        return
+    del factor
+    values, vectors = torch.linalg.eigh(shifted() / scale / scale[:, None])
     has_data = values > _ROUNDING * float(values.max())
     inverse = torch.where(has_data, 1 / torch.where(has_data, values, torch.ones_like(values)), torch.zeros_like(values))
-    in_data: Tensor = ((missing / scale @ vectors) * inverse) @ vectors.t() / scale
-    return in_data
+    missing.copy_(((missing / scale @ vectors) * inverse) @ vectors.t() / scale)
 
 
 @part("repair", needs={"biases"})
@@ -291,14 +321,11 @@ def mean_bias(
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
     module: Any
-    weights = _weights(model, axes)
-    for name, weight in weights.items():
-        module = model.get_submodule(name)
-        if module.bias is None:
-            module.bias = nn.Parameter(weight.new_zeros(weight.shape[0]))
-            model.config.output_bias = True  # type: ignore[union-attr]
+    for module in without_bias(model, axes):
+        module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
+        model.config.output_bias = True  # type: ignore[union-attr]
     for index, layer in enumerate(layers):
-        kept = _kept(axes, mask, layer=index)
+        kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
         sums = {name: weights[name].new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
         with casting_once(layer):
             for stream in entering:
@@ -321,9 +348,9 @@ def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:
     return [module for module in modules if module.bias is None]
 
 
-def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
-    """The weight of the linear layer at each gate, [outputs, features], by the layer's name; a view, to be changed in place."""
-    gates = [axis.gate for axis in axes if axis.gate.is_linear]
+def _weights(model: nn.Module, axes: Sequence[Axis], *, layer: int) -> dict[str, Tensor]:
+    """The weight of the linear layer at each gate of a decoder layer, [outputs, features], by its name; a view, to be changed in place."""
+    gates = [axis.gate for axis in axes if axis.layer == layer and axis.gate.is_linear]
     return {gate.module: gate.oriented(model.get_parameter(f"{gate.module}.weight")) for gate in gates}
 
 
