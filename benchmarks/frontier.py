@@ -265,7 +265,7 @@ def verdict(points: Sequence[Figures]) -> str:
     if not any(map(is_pruned, points)):
         return f"No pruned file has been measured yet. {listed}"
     if not pruned:
-        return f"**No pruned file is worth its bytes: quantise alone.** {listed}"
+        return f"**Of these files, no pruned one is worth its bytes: quantise alone.** {listed}"
     if pruned[-1]["bytes"] < min((point["bytes"] for point in plain), default=math.inf):
         border = pruned[-1]["bytes"] / 1e6
         return f"**Up to {border:.0f} MB prune and quantise; above, quantise alone.** {listed}"
