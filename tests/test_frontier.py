@@ -42,7 +42,7 @@ def test_files_that_store_the_same_are_one_point(tmp_path: Path, monkeypatch: py
     ("pruned", "words"),
     [
         ((60, 1.5), "Up to 60 MB prune and quantise; above, quantise alone"),
-        ((100, 1.5), "No pruned file is worth its bytes: quantise alone"),
+        ((100, 1.5), "no pruned one is worth its bytes: quantise alone"),
         ((100, 1.25), "Pruned files and whole ones take turns"),
     ],
 )
