@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, OPTForCausalLM
 from transformers.utils import logging
 
 import adapt_pruner as ap
@@ -283,7 +283,8 @@ def test_what_prune_cannot_take_is_refused_in_a_sentence(model: Any, given: dict
 
 def test_a_model_in_memory_that_cannot_be_taken_is_refused() -> None:
     model, tokenizer = tiny_model(vocab_size=VOCAB), byte_tokenizer()
-    stranger = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2))
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    stranger = OPTForCausalLM(OPTConfig(**sizes, vocab_size=VOCAB))
     quantised = tiny_model(vocab_size=VOCAB)
     quantised.config.quantization_config = {"quant_method": "gptq"}
     adapted = tiny_model(vocab_size=VOCAB)
@@ -291,7 +292,7 @@ def test_a_model_in_memory_that_cannot_be_taken_is_refused() -> None:
     cases = [
         (model, None, "model is a LlamaForCausalLM without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(…)"),
         (model, "llama", "model is a LlamaForCausalLM with a str as tokenizer"),
-        (stranger, tokenizer, "nothing of a model of type 'gpt2' may be removed"),
+        (stranger, tokenizer, "nothing of a model of type 'opt' may be removed"),
         (quantised, tokenizer, "model is a quantised LlamaForCausalLM"),
         (adapted, tokenizer, "merge it first: model = model.merge_and_unload()"),
         (tiny_model(vocab_size=VOCAB).to("meta"), tokenizer, "with weights on the device meta"),

@@ -444,8 +444,8 @@ def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
             "'lemma', which belongs to no known family; known: gemma3_text",
         ),
         (
-            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]},
-            "'gpt2' may be removed, .*its modules have other names than those of a Llama.*known: gemma3_text, llama, mistral",
+            {"model_type": "opt", "architectures": ["OPTForCausalLM"]},
+            "'opt' may be removed, .*its modules have other names than those of a Llama.*known: gemma3_text, llama, mistral",
         ),
         ({"hidden_size": 4}, "names no model_type"),
     ):

@@ -342,7 +342,7 @@ def things(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_fil
         found[name].write_bytes(content)
     for name, raw in (
         ("ENCODER", {"model_type": "bert", "architectures": ["BertModel"]}),
-        ("STRANGE", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}),
+        ("STRANGE", {"model_type": "opt", "architectures": ["OPTForCausalLM"]}),
     ):
         found[name] = base / name
         found[name].mkdir()
