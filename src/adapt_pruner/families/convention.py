@@ -454,7 +454,7 @@ def residual(model: Any) -> list[Axis]:
         ),
     )
     if _adds_one(type(model.get_submodule(last))):
-        axis = replace(axis, one_more=tuple(reading_norms))
+        axis = replace(axis, one_more=tuple(f"{norm}.weight" for norm in (*norms, *after_blocks)))
     return [axis]
 
 

@@ -110,7 +110,7 @@ class Axis:
         lists: config fields that hold one entry per unit and lose entries with it.
         scaled: dotted names of parameters, module attributes and config fields, each with a power. Each is multiplied by
             (size before / size after) ** power, because something takes a mean over the axis.
-        one_more: those of `scaled` that stand for 1 + w; 1 + w is then multiplied.
+        one_more: weights that stand for 1 + w; whoever scales one multiplies 1 + w.
         groups: entries a unit has, one in every group. Each group keeps the same number and ranks its own entries.
         indices: config fields that hold unit numbers; they are renumbered after a cut.
         costs: the parameters of each unit where units differ (`layers`); else empty.
