@@ -195,7 +195,7 @@ SAID = {
 def test_what_finds_no_room_on_the_way_leaves_nothing_half_written(
     command: str, case: str, ask: Any, words: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(model: Any, folder: Path, *_: Any) -> None:
+    def fails(model: Any, folder: Path, *_: Any, as_named: bool) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise WRAPPED[case]
 

@@ -300,7 +300,7 @@ def test_no_text_is_refused(repair: Any) -> None:
     model = tiny_model()
     axes = families.axes(model)
     with pytest.raises(UsageError, match="needs calibration text"):
-        repair(model, axes, half(axes), [])
+        repair(model, axes, half(axes), [], dtype="float32")
 
 
 def test_one_batch_to_choose_a_ridge_on_takes_a_stronger_one_and_says_so(text: list[Tensor]) -> None:
