@@ -266,7 +266,7 @@ def test_a_gguf_file_takes_no_place_that_was_filled_meanwhile(
 
 
 def _hung_up(times: int) -> Callable[..., None]:
-    def hung_up(model: Any, folder: Path, *_: Any) -> None:
+    def hung_up(model: Any, folder: Path, *_: Any, as_named: bool) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -305,9 +305,9 @@ def test_nohup_is_heeded(ask: Any, words: Any, tmp_path: Path, monkeypatch: pyte
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     original = save._save_weights
 
-    def told(*given: Any) -> None:
+    def told(*given: Any, as_named: bool) -> None:
         os.kill(os.getpid(), signal.SIGHUP)
-        original(*given)
+        original(*given, as_named=as_named)
 
     monkeypatch.setattr(save, "_save_weights", told)
     assert ask(*words("prune"), tmp_path / "out")[0] == 0
