@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.utils import logging
 
 import adapt_pruner as ap
@@ -487,7 +487,8 @@ def test_a_notebook_shows_one_output_that_changes_and_keeps_its_lines(
 @pytest.mark.parametrize("known", [True, False])
 def test_a_model_in_memory_may_have_any_generation_config(known: bool, text_file: Path) -> None:
     """transformers refuses to save sampling settings without do_sample once anything was changed."""
-    config = GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=64)
     model = tiny_model(vocab_size=VOCAB) if known else AutoModelForCausalLM.from_config(config)
     model.generation_config.temperature = 0.6
     model.generation_config.pad_token_id = 0

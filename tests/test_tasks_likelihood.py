@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.evaluate.task_sources import find_tasks
@@ -94,16 +94,16 @@ def test_a_large_vocabulary_takes_fewer_sequences_at_a_time(num_vocab: int, sequ
 def test_models_of_no_known_family_are_measured_too(
     ask: Any, folder: Path, text_file: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=128, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None, initializer_range=0.3
-    )  # fmt: skip
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = OPTConfig(**sizes, vocab_size=VOCAB, max_position_embeddings=128, init_std=0.3)
+    config.bos_token_id = config.eos_token_id = None
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).eval()
-    model.save_pretrained(tmp_path / "gpt2")
-    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
-    text = ["--text", str(text_file), "--window", "32", "--max-windows", "3"]
+    model = OPTForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "opt")
+    byte_tokenizer().save_pretrained(tmp_path / "opt")
+    text = ["--text", str(text_file), "--window", "32", "--max-windows", "3", "--dtype", "float32"]
     asked = ["--tasks", "tiny_choices", "--task-dir", str(folder), "--trust-remote-code", "--cache-dir", str(tmp_path / "cache")]
-    code, out, err = ask("eval", str(tmp_path / "gpt2"), *text, *asked, "--json")
+    code, out, err = ask("eval", str(tmp_path / "opt"), *text, *asked, "--json")
     assert code == 0, err
     row = json.loads(out)
     windows = held_out_windows(byte_tokenizer(), source=str(text_file), window=32, max_windows=3)
@@ -116,6 +116,6 @@ def test_models_of_no_known_family_are_measured_too(
     set_shots(wanted, None)
     whole = evaluate_tasks(model, byte_tokenizer(), wanted, cache=tmp_path / "other")
     assert row["tasks"][0]["value"] == whole[0].value
-    code, _, err = ask("prune", str(tmp_path / "gpt2"), "-o", str(tmp_path / "out"), "--params", "80%")
+    code, _, err = ask("prune", str(tmp_path / "opt"), "-o", str(tmp_path / "out"), "--params", "80%")
     assert code != 0
     assert "cannot be pruned" in err
