@@ -148,6 +148,8 @@ def test_prune_inspect_and_the_plan_say_what_is_stored_and_what_is_active(
     assert {len(layer.mlp.gate.weight) for layer in stock.model.layers} == {6}
     active = num_active(stock, of_experts(stock))
     assert f"{active:,}" in said
+    assert "adapt-pruner chat" in said
+    assert "--to gguf" not in said, "no command that would be refused"
     code, said, _ = call(monkeypatch, capsys, "inspect", out, "--text", text, "--json")
     layers = json.loads(said)["layers"]
     assert [layer["experts"] for layer in layers] == [6, 6, 6]

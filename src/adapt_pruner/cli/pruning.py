@@ -18,7 +18,7 @@ from adapt_pruner.cli.tables import print_table, said_perplexities
 from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, compact, counted, measured_text, millions, span, typed
 from adapt_pruner.core.system import filenames
-from adapt_pruner.core.system.strict_json import to_json
+from adapt_pruner.core.system.strict_json import read_json, to_json
 
 if TYPE_CHECKING:
     from adapt_pruner.recipe import Recipe
@@ -90,9 +90,18 @@ def prune(
         "measure it": typed("eval", dense, output, "--text", "python-docs:heldout", "--max-windows", 20),
         "ask it": typed("chat", output, "What is the capital of France?", "--against", dense),
         "train it": typed("run", "smollm2-105m", *(word for setting in settings for word in ("--set", setting))),
-        "for llama.cpp": typed("export", output, "--to", "gguf", "-o", f"{output}.gguf"),
     }
+    if _has_gguf(output):
+        following["for llama.cpp"] = typed("export", output, "--to", "gguf", "-o", f"{output}.gguf")
     print_table(["next", ""], [*map(list, following.items())], left=2)
+
+
+def _has_gguf(folder: Path) -> bool:
+    """Whether `export` writes a GGUF file of a model."""
+    from adapt_pruner.core.model.modeling_pruned import PREFIX
+    from adapt_pruner.export.loading import GGUF_TYPES
+
+    return str(read_json(folder / filenames.CONFIG)["model_type"]).removeprefix(PREFIX) in GGUF_TYPES
 
 
 def _print_sizes(figures: Mapping[str, Any]) -> None:
@@ -154,7 +163,8 @@ def shrink(
     measures = ["--text", source] if isinstance(source, str) and by_model(source) is None else []
     if measures := [*measures, *(["--chat", str(recipe.evaluation.chat)] if recipe.evaluation.chat else [])]:
         print(f"     {typed('eval', recipe.model, model, *measures)}")
-    print(f"     {typed('export', model, '--to', 'gguf', '-o', output / 'model.gguf')}")
+    if _has_gguf(model):
+        print(f"     {typed('export', model, '--to', 'gguf', '-o', output / 'model.gguf')}")
     print(f"     {typed('run', output / 'recipe.yaml', '-o', 'ANOTHER_DIR')}")
 
 
