@@ -98,10 +98,10 @@ def prune(
 
 def _has_gguf(folder: Path) -> bool:
     """Whether `export` writes a GGUF file of a model."""
-    from adapt_pruner.core.model.modeling_pruned import PREFIX
-    from adapt_pruner.export.loading import GGUF_TYPES
+    from adapt_pruner.checkpoint.compatible_names import with_common_names
+    from adapt_pruner.export.loading import no_gguf
 
-    return str(read_json(folder / filenames.CONFIG)["model_type"]).removeprefix(PREFIX) in GGUF_TYPES
+    return no_gguf(with_common_names(read_json(folder / filenames.CONFIG))) is None
 
 
 def _print_sizes(figures: Mapping[str, Any]) -> None:
