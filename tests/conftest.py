@@ -23,6 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
@@ -165,10 +166,7 @@ def opening_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain Hugging Face folder with a tiny random Llama and its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model(vocab_size=VOCAB).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("models") / "tiny-llama", tiny_model(vocab_size=VOCAB), byte_tokenizer())
 
 
 @pytest.fixture(scope="session")
@@ -218,6 +216,22 @@ def in_two_processes(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -
         result = work()
     assert not sent, "both send the same sums in the same order"
     return result
+
+
+def printed(*words: object) -> str:
+    """What a command prints; it has to succeed."""
+    from adapt_pruner.cli import app
+
+    called = CliRunner().invoke(app, [str(word) for word in words])
+    assert called.exit_code == 0, called.output + str(called.exception)
+    return called.output
+
+
+def saved(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """A folder with a model and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def read_json(path: Path) -> Any:

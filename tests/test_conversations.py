@@ -29,7 +29,7 @@ from adapt_pruner.run.plan import phases, setup_of
 from adapt_pruner.run.start import begin, plan
 from adapt_pruner.train.loop import TrainConfig, TrainState, _Batch, steps
 from adapt_pruner.train.objectives import BesideNll, distil, kl_to_goal, lm
-from conftest import VOCAB, assert_same_model, break_off, log_of, tiny_model
+from conftest import VOCAB, assert_same_model, break_off, log_of, saved, tiny_model
 from test_cli import ask
 from test_data_chat import CHATML, chat_tokenizer
 
@@ -422,10 +422,7 @@ def test_prompts_files_are_whole() -> None:
 
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "tiny-chat"
-    chatting().save_pretrained(folder)
-    chat_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("models") / "tiny-chat", chatting(), chat_tokenizer())
 
 
 def chat_recipe(folder: Path, text: Path, **changes: Any) -> Any:

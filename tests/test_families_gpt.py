@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
@@ -16,7 +15,7 @@ from adapt_pruner.core.model.cut import cut
 from adapt_pruner.errors import UsageError
 from adapt_pruner.export import export
 from adapt_pruner.families import admission
-from conftest import VOCAB, byte_tokenizer, read_json
+from conftest import VOCAB, byte_tokenizer, printed, read_json, saved
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {}, "gpt_neox": {}, "gpt_neox in sequence": {"use_parallel_residual": False},
@@ -87,23 +86,14 @@ def test_a_layer_without_attention_or_mlp_writes_the_same_with_and_without_a_cac
 
 def test_from_the_command_line(text_file: Path, tmp_path: Path) -> None:
     """GPT-2 pruned in heads and neurons, inspected and measured; the card tells its sizes, though config.json calls them otherwise."""
-    from adapt_pruner.cli import app
-
-    def command(*words: object) -> str:
-        called = CliRunner().invoke(app, [str(word) for word in words])
-        assert called.exit_code == 0, called.output + str(called.exception)
-        return called.output
-
-    folder, out = tmp_path / "dense", tmp_path / "out"
-    small("gpt2").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    folder, out = saved(tmp_path / "dense", small("gpt2"), byte_tokenizer()), tmp_path / "out"
     options = ("--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--set", "step=0.2")
-    command("prune", folder, "-o", out, "--params", "60%", *options)
+    printed("prune", folder, "-o", out, "--params", "60%", *options)
     assert "query heads a layer" in (out / "README.md").read_text(encoding="utf-8")
-    assert "perplexity" in command("eval", out, "--text", text_file, "--window", 32, "--max-windows", 2)
+    assert "perplexity" in printed("eval", out, "--text", text_file, "--window", 32, "--max-windows", 2)
     sizes = families.sizes(load(str(out)).model)
     assert any(sizes[f"layers.{layer}.kv_heads"] < 6 for layer in range(3) if f"layers.{layer}.kv_heads" in sizes)
-    rows = [line.split() for line in command("inspect", out).splitlines() if line.lstrip()[:1].isdigit()]
+    rows = [line.split() for line in printed("inspect", out).splitlines() if line.lstrip()[:1].isdigit()]
     assert [int(row[1]) for row in rows] == [sizes.get(f"layers.{layer}.kv_heads", 0) for layer in range(3)]
     assert [int(row[3]) for row in rows] == [sizes.get(f"layers.{layer}.neurons", 0) for layer in range(3)]
 

@@ -17,7 +17,7 @@ from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.model.modeling_pruned import PrunedPhi3ForCausalLM
 from adapt_pruner.export import export
-from conftest import VOCAB, byte_tokenizer, tiny_model
+from conftest import VOCAB, byte_tokenizer, printed, saved, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
 
 __all__ = ["ids"]  # a fixture
@@ -33,28 +33,19 @@ def unequal(model: Any) -> Any:
 
 def test_from_the_command_line(text_file: Path, tmp_path: Path) -> None:
     """Pruned in every kind of axis, loaded, and measured."""
-    from adapt_pruner.cli import app
-
-    def command(*words: object) -> str:
-        said = CliRunner().invoke(app, [str(word) for word in words])
-        assert said.exit_code == 0, said.output + str(said.exception)
-        return said.output
-
-    folder, out = tmp_path / "phi3", tmp_path / "out"
-    tiny_model(("phi3", "phi3"), vocab_size=VOCAB).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    folder, out = saved(tmp_path / "phi3", tiny_model(("phi3", "phi3"), vocab_size=VOCAB), byte_tokenizer()), tmp_path / "out"
     asked = ("--calibration", text_file, "--calibration-samples", 4, "--calibration-length", 16, "--set", "step=0.2")
     of_heads = ("--set", "axes=[neurons,kv_heads,query_heads]", "--set", "calibration.self_generated=0")
-    command("prune", folder, "-o", out, "--params", "70%", *asked, *of_heads)
+    printed("prune", folder, "-o", out, "--params", "70%", *asked, *of_heads)
     small, dense = load(str(out)).model, load(str(folder)).model
     assert isinstance(small, PrunedPhi3ForCausalLM)
     neuron = next(axis.cost for axis in families.axes(dense) if axis.kind == "neurons")
     budget = int(0.7 * count_parameters(dense))
     assert budget - 2 * neuron < count_parameters(small) <= budget
-    said = command("eval", out, "--text", text_file, "--window", 32, "--max-windows", 2)
+    said = printed("eval", out, "--text", text_file, "--window", 32, "--max-windows", 2)
     assert "perplexity" in said
     whole = ("--method", "shortgpt", "--set", "axes=[attentions,mlps]")
-    command("prune", folder, "-o", tmp_path / "deep", "--params", "80%", *asked[:-2], *whole)
+    printed("prune", folder, "-o", tmp_path / "deep", "--params", "80%", *asked[:-2], *whole)
     deep = load(str(tmp_path / "deep")).model
     assert {axis.kind for axis in families.axes(deep)} >= {"attentions", "mlps"}
     assert sum(axis.kind in ("attentions", "mlps") for axis in families.axes(deep)) < 6

@@ -15,7 +15,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import differing, methods, parts, read
 from adapt_pruner.report.with_card import prune
 from adapt_pruner.run.start import begin, prepare
-from conftest import VOCAB, byte_tokenizer, suited, tiny_model, tiny_moe
+from conftest import VOCAB, byte_tokenizer, saved, suited, tiny_model, tiny_moe
 
 SHORTER = {
     "grasprune": {"reduce": "greedy_gates(updates=4, scale_updates=4)"},
@@ -33,18 +33,13 @@ SHORTER = {
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve layers: enough for a row that leaves six of them whole."""
-    folder = tmp_path_factory.mktemp("models") / "deep-llama"
-    tiny_model(vocab_size=VOCAB, num_hidden_layers=12).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    model = tiny_model(vocab_size=VOCAB, num_hidden_layers=12)
+    return saved(tmp_path_factory.mktemp("models") / "deep-llama", model, byte_tokenizer())
 
 
 @pytest.fixture(scope="module")
 def moe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "moe"
-    tiny_moe().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("models") / "moe", tiny_moe(), byte_tokenizer())
 
 
 @pytest.mark.parametrize("name", methods())
