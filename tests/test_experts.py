@@ -43,7 +43,7 @@ def tiny(kind: str, **changes: Any) -> Any:
 
 
 def of_experts(model: Any) -> list[Axis]:
-    return [axis for index, layer in enumerate(model.model.layers) for axis in experts(model, index, layer)]
+    return [axis for index, layer in enumerate(model.model.layers) for axis in experts(model, "model.layers", index, layer)]
 
 
 def logits(model: Any) -> torch.Tensor:

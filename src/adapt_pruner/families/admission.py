@@ -107,9 +107,9 @@ def shrunk(config: Any) -> Any:
     tiny = {**raw, **{key: value for key, value in named.items() if raw.get(key)}}
     if raw.get("kv_lora_rank") and raw.get("num_key_value_heads"):
         tiny["num_key_value_heads"] = tiny["num_attention_heads"]  # all heads share one vector, so that none has fewer keys
+    for key in convention.per_layer(raw, raw.get("num_hidden_layers")):
+        tiny[key] = raw[key][:depth]
     for key, value in raw.items():
-        if isinstance(value, list) and len(value) == raw.get("num_hidden_layers") and convention.is_per_layer(key):
-            tiny[key] = value[:depth]
         if key.endswith("_token_id") and value is not None:
             tiny[key] = {"bos_token_id": 1, "eos_token_id": 2}.get(key, 0)
     return type(config).from_dict(tiny)
@@ -118,9 +118,7 @@ def shrunk(config: Any) -> Any:
 def _depth(raw: dict[str, Any]) -> int:
     """The fewest layers, at least three, that have every kind of layer of a config."""
     total = raw.get("num_hidden_layers") or _LEAST_LAYERS
-    lists = [
-        value for key, value in raw.items() if isinstance(value, list) and len(value) == total and convention.is_per_layer(key)
-    ]
+    lists = [raw[key] for key in convention.per_layer(raw, total)]
     kinds = list(zip(*lists, strict=True)) if lists else [()] * total
     least = next(depth for depth in range(1, total + 1) if {str(kind) for kind in kinds[:depth]} == {str(kind) for kind in kinds})
     least += 2 if raw.get("num_kv_shared_layers") else 0

@@ -28,6 +28,7 @@ file names, and in the contract tests for those that one names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -60,7 +61,7 @@ def axes(model: Any) -> tuple[Axis, ...]:
     inside = [
         axis
         for index, layer in enumerate(model.get_submodule(stack_of(model)))
-        for axis in (*heads(model, index, layer), *neurons(model, index, layer), *experts(model, index, layer))
+        for axis in (*heads(model, index, layer), *neurons(model, index, layer), *experts(model, stack_of(model), index, layer))
     ]
     whole = () if is_sliced(model.config) else (*whole_blocks(model), *residual(model))
     return (*inside, *whole, vocabulary(model), whole_layers(model))
@@ -279,13 +280,13 @@ def whole_layers(model: Any) -> Axis:
 
 def _lists(config: Any, depth: int) -> tuple[str, ...]:
     """The fields of a config with one entry per layer."""
-    fields = [name for name, value in vars(config).items() if isinstance(value, list) and len(value) == depth]
-    return tuple(name for name in fields if is_per_layer(name) and not name.startswith("_"))
+    return tuple(name for name in per_layer(vars(config), depth) if not name.startswith("_"))
 
 
-def is_per_layer(field: str) -> bool:
-    """Whether a list of as many entries as a model has layers is one with an entry for each, from its name in a config."""
-    return "layer" in field or "pattern" in field
+def per_layer(fields: Mapping[str, Any], depth: int | None) -> list[str]:
+    """The fields of a config that are lists with one entry for each of `depth` layers, by their names and lengths."""
+    lists = [name for name, value in fields.items() if isinstance(value, list) and len(value) == depth]
+    return [name for name in lists if "layer" in name or "pattern" in name]
 
 
 def vocabulary(model: Any) -> Axis:
@@ -381,9 +382,10 @@ def residual(model: Any) -> list[Axis]:
     """The width d of the stream: every norm over it, what reads it (by columns) or writes it (by rows), the embeddings.
 
     A norm is w · x / √(mean(x²) + ε), and its mean runs over all d channels. Let d' of them be not zero, and let the stream be
-    c · x with c = √(d'/d). Then the mean over those d' channels is what it was over d, so ε stays, and the norm needs w / c. So what
-    writes to the stream is multiplied by c, and what reads it is divided by c: norms, and blocks that have none before them (OLMo 2).
-    A norm that follows a block reads c times the block's output and writes c times its own, so its w stays.
+    c · x with c = √(d'/d). Then the mean over those d' channels is what it was over d, so ε stays, and the norm needs w / c. So a
+    weight that writes to the stream is multiplied by c. A weight that reads it is divided by c: that of a norm, and those of a block
+    without a norm before it (OLMo 2). A norm that follows a block reads c times the block's output and writes c times its own, so its
+    w stays.
 
     If the head is tied to the embedding, it is multiplied by c too, so the last norm is divided by c twice. Gemma multiplies an
     embedding by √d when it is read. With d' channels left the code multiplies by √d' instead, so its embedding stays.

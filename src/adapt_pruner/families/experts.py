@@ -21,13 +21,13 @@ _CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "num_experts_per_token")
 _LEAST_OF_A_GROUP = 2  # routers with groups rank a group by its two best experts
 
 
-def experts(model: Any, index: int, layer: nn.Module) -> list[Axis]:
-    """The axis of the experts of a layer; none if it has no experts, or other tensors than this file knows."""
+def experts(model: Any, stack: str, index: int, layer: nn.Module) -> list[Axis]:
+    """The axis of the experts of a layer of `stack`; none if it has no experts, or other tensors than this file knows."""
     name = next((name for name in MLPS if hasattr(getattr(layer, name, None), "experts")), "")
     if not name:
         return []
     block: Any = getattr(layer, name)
-    config, at = model.config, f"model.layers.{index}.{name}"
+    config, at = model.config, f"{stack}.{index}.{name}"
     fused = [(f"{at}.experts.{leaf}", tensor) for leaf, tensor in block.experts.named_parameters()]
     field = next((field for field in _FIELDS if field in vars(config)), "")
     chosen = next((int(getattr(config, field)) for field in _CHOSEN if getattr(config, field, None)), 0)

@@ -91,7 +91,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
         channels    x, a channel as the norms read it, to g · x; so the mean of a norm runs over what is left
         whole       a block's output y to g · y before it is added to the stream; a layer's output f(x) to x + g · (f(x) - x)
         logits      z to z + log g; to -inf where g is 0 or less, with no gradient to g
-        routed      a router's logit z likewise, and what is added to a score to choose
+        routed      a router's logit z likewise, and a bias b with which a router chooses to b + log g
 
     Args:
         model: left as found.
