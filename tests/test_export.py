@@ -372,7 +372,7 @@ def test_every_error_is_one_sentence(
     [
         ("gguf", ["export", "--to", "gguf", "-o", "OUT.gguf"], "gguf"),
         ("onnxscript", ["export", "--to", "onnx", "-o", "OUT"], "onnx"),
-        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q8_0"], "verify"),
+        ("llama_cpp", ["export", "--to", "gguf", "-o", "OUT.gguf", "--quant", "q4_k_m"], "verify"),
         ("llama_cpp", ["verify", "THERE.gguf"], "verify"),
         ("onnxruntime", ["verify", "THERE"], "onnx"),
     ],

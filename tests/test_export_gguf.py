@@ -1,6 +1,8 @@
 """GGUF files compute in llama.cpp what the model computes in torch, and what llama.cpp cannot hold is refused."""
 
 import json
+import sys
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import adapt_pruner as ap
 from adapt_pruner import families
+from adapt_pruner.checkpoint import stored
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
-from adapt_pruner.errors import UsageError
+from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, gguf, gguf_tokenizer, verify
 from adapt_pruner.export.engines import torch_engine
 from adapt_pruner.export.loading import GGUF_TYPES, no_gguf
+from adapt_pruner.report import with_card
 from conftest import LAYOUTS, tiny_config, tiny_model
 from test_cli import call
 from test_export import TEMPLATE, VOCAB, as_loaded, bpe, compared, repaired, unequal
@@ -96,6 +102,161 @@ def test_the_way_text_is_split_has_llama_cpps_name(steps: list[tuple[str, Any]],
     }
     described = [{"type": kind} | keys[kind](value) for kind, value in steps]
     assert gguf_tokenizer._pre({"type": "Sequence", "pretokenizers": described}) == name
+
+
+# From file to file, without all weights in memory
+
+
+def tensors(path: Path) -> dict[str, tuple[str, bytes]]:
+    reader = pytest.importorskip("gguf", reason="gguf is not installed").GGUFReader(path)
+    return {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in reader.tensors}
+
+
+def keys(path: Path) -> dict[str, Any]:
+    return {name: value for name, value in fields(path).items() if not name.startswith("GGUF.")}
+
+
+def in_shards(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The folder of a model with several files of weights."""
+    save(model, bpe(), folder, dtype=dtype)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {f"model-{i}.safetensors": dict(list(weights.items())[i::3]) for i in range(3)}
+    for shard, part in shards.items():
+        save_file(part, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in shards.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+class Watched:
+    """`safe_open`, and how many of the weights that it gave are there at a time."""
+
+    there = most = 0
+
+    def __init__(self, path: Path, framework: str) -> None:
+        self.file = safe_open(path, framework=framework)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.file.__exit__(*raised)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        weight: torch.Tensor = self.file.get_tensor(name)
+        weakref.finalize(weight, self.gone)
+        Watched.there += 1
+        Watched.most = max(Watched.most, Watched.there)
+        return weight
+
+    @staticmethod
+    def gone() -> None:
+        Watched.there -= 1
+
+
+@pytest.mark.parametrize("layout", [("llama", "llama"), ("llama", "qwen3"), ("gemma3", "gemma3")], ids=lambda layout: layout[1])
+def test_weights_go_into_the_file_one_by_one(layout: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the weights that are read from the files, few are there at a time; the bytes are those of a model in memory."""
+    folder = in_shards(tmp_path / "model", unequal(layout, **({"query_pre_attn_scalar": 16} if layout[0] == "gemma3" else {})))
+    monkeypatch.setattr(stored, "safe_open", Watched)
+    for quant in (None, "q8_0"):
+        export(load(str(folder)), tmp_path / f"memory-{quant}.gguf", to="gguf", quant=quant)
+        Watched.most = 0
+        with_card.export(str(folder), tmp_path / f"{quant}.gguf", to="gguf", quant=quant)
+        assert 1 <= Watched.most <= 4, (
+            "queries, keys and values of openelm are one matrix; the next is read while the last is there"
+        )
+        assert (tmp_path / f"{quant}.gguf").read_bytes() == (tmp_path / f"memory-{quant}.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("width", "tied", "quants"), [(96, True, ("q8_0", "q4_1", "q5_0")), (256, False, ("q8_0", "q4_0", "q5_1", "q4_k_m"))]
+)
+def test_what_is_quantised_here_is_what_llama_cpp_makes_of_a_float32_file(
+    width: int, tied: bool, quants: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All types to the last bit. llama.cpp is only asked for k-quants, and for heads of 6 bits, and then reads no float32."""
+    llama_cpp()
+    folder = in_shards(
+        tmp_path / "model", unequal(hidden_size=width, head_dim=32, intermediate_size=200, tie_word_embeddings=tied)
+    )
+    export(load(str(folder)), tmp_path / "f32.gguf", to="gguf", quant="f32", pad=32)
+    quantise, between = gguf.llama_cpp.quantise, set[str]()
+
+    def watched(source: Path, target: Path, quant: str) -> None:
+        between.update(kind for name, (kind, _) in tensors(source).items() if "norm" not in name)
+        quantise(source, target, quant)
+
+    monkeypatch.setattr(gguf.llama_cpp, "quantise", watched)
+    for quant in quants:
+        ours, theirs = tmp_path / f"ours-{quant}.gguf", tmp_path / f"theirs-{quant}.gguf"
+        between.clear()
+        with_card.export(str(folder), ours, to="gguf", quant=quant)
+        left = {quant.upper(), "BF16"} if width == 256 else set()
+        assert between == {"q8_0": set(), "q4_k_m": {"BF16"}}.get(quant, left)
+        quantise(tmp_path / "f32.gguf", theirs, quant)
+        assert tensors(ours) == tensors(theirs)
+        assert keys(ours) == keys(theirs)
+
+
+def test_a_matrix_without_whole_blocks_stays_wide_as_llama_cpp_has_it(tmp_path: Path) -> None:
+    llama_cpp()
+    folder = in_shards(
+        tmp_path / "model", unequal(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, intermediate_size=140)
+    )
+    export(load(str(folder)), tmp_path / "f32.gguf", to="gguf", quant="f32", pad=32)
+    for quant in ("q8_0", "q4_k_m"):
+        gguf.llama_cpp.quantise(tmp_path / "f32.gguf", tmp_path / f"theirs-{quant}.gguf", quant)
+        with_card.export(str(folder), tmp_path / f"ours-{quant}.gguf", to="gguf", quant=quant)
+        assert tensors(tmp_path / f"ours-{quant}.gguf") == tensors(tmp_path / f"theirs-{quant}.gguf")
+        assert "F16" in {kind for kind, _ in tensors(tmp_path / f"ours-{quant}.gguf").values()}
+
+
+def test_q8_0_needs_no_llama_cpp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    export(as_loaded(unequal(hidden_size=256, head_dim=32)), tmp_path / "x.gguf", to="gguf", quant="q8_0")
+    assert fields(tmp_path / "x.gguf")["general.file_type"] == 7
+    with pytest.raises(UsageError, match="llama.cpp's library is not installed"):
+        export(as_loaded(unequal(hidden_size=256, head_dim=32)), tmp_path / "y.gguf", to="gguf", quant="q4_0")
+    assert not list(tmp_path.glob("*y.gguf*"))
+
+
+@pytest.mark.parametrize("how", ["other names", "an own head in spite of the config", "GGUF"])
+def test_weights_that_do_not_lie_there_as_the_model_has_them_are_loaded(how: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    model = tiny_model(vocab_size=VOCAB, tie_word_embeddings=True)
+    save(model, bpe(), folder, dtype=torch.float32)
+    name = str(folder)
+    assert stored.load_unread(name).model.device.type == "meta"
+    weights = load_file(folder / "model.safetensors")
+    if how == "other names":
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    elif how == "GGUF":
+        export(load(name), tmp_path / "source.gguf", to="gguf", quant="f32")
+        name = str(tmp_path / "source.gguf")
+    else:
+        weights["lm_head.weight"] = torch.ones_like(weights["model.embed_tokens.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    unread, whole = stored.load_unread(name), load(name)
+    assert unread.model.device.type == "cpu"
+    assert all(torch.equal(weight, whole.model.state_dict()[key]) for key, weight in unread.model.state_dict().items())
+
+
+def test_a_shard_that_goes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    folder = in_shards(tmp_path / "model", unequal())
+    add_keys = gguf._add_keys
+
+    def while_it_is_gone(*given: Any) -> None:
+        add_keys(*given)
+        (folder / "model-1.safetensors").unlink()
+
+    monkeypatch.setattr(gguf, "_add_keys", while_it_is_gone)
+    with pytest.raises(RunError, match=r"model-1.safetensors cannot be read any more .*; get the file again"):
+        with_card.export(str(folder), tmp_path / "x.gguf", to="gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 # GGUF, run in llama.cpp

@@ -30,7 +30,7 @@ def export(
         to: form to export to: decilm, gguf, onnx, padded or uniform.
         output: a new folder; for gguf a new file FILE.gguf.
         tokenizer: needed only for a model in memory.
-        quant: for gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, …; as stored by default.
+        quant: for gguf: number format, f32, f16, bf16 or q8_0; with llama-cpp-python also q6_k, q5_k_m, q4_k_m, …; as stored by default.
         pad: for gguf: zero-pad MLPs to a multiple, so that a float file can be quantised later with your own importance matrix; 256 for
             k-quants, else 32.
         trust_remote_code: run Python code that comes with the model.

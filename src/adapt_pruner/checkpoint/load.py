@@ -134,7 +134,7 @@ def load(
 
     Args:
         name: as described at the top of this file.
-        device: where the model goes.
+        device: where the model goes; `meta` leaves the weights unread.
         dtype: precision of the loaded weights; None keeps the stored one.
         trust_remote_code: run Python code that comes with a foreign checkpoint. Our own checkpoints never need it.
         any_family: also accept a causal LM of no known family, which can be measured but not pruned.
@@ -194,7 +194,7 @@ def _load(
         check_weights(folder, named, name)
         stored = getattr(torch, stored_dtype(folder, named) or "", stored)
     if fresh is None:
-        model = _model(folder, config, options, dtype or stored, name)
+        model = _model(folder, config, options, dtype or stored, name, device)
     else:
         with blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(fresh)
@@ -351,13 +351,14 @@ def _check_reader(name: str) -> None:
         raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; {to_install('gguf')}")
 
 
-def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
+def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str, device: torch.device) -> Any:
     kind, of_class = model_class(config, options)
+    unread = {"device_map": "meta"} if device.type == "meta" else {}
     try:
         with blaming(folder, config, options, name):
             model, info = kind.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **of_class,
+                ignore_mismatched_sizes=True, **unread, **of_class,
             )  # fmt: skip
     except (UsageError, KeyboardInterrupt):
         raise

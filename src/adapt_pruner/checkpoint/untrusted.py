@@ -23,7 +23,8 @@ _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 _HARMLESS = {"attn": (None, "eager", "sdpa", "flex_attention"), "experts": (None, "eager", "batched_mm", "grouped_mm")}
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-_FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
+NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Number formats of weights: safetensors' name -> torch's."""
 _CODE = ("auto_map", "custom_generate", "custom_pipelines", "distributed_config", "kernel_config", "use_kernels")
 
 
@@ -124,10 +125,10 @@ def stored_dtype(folder: str, named: Any) -> str | None:
     """
     numbers: Counter[str] = Counter()
     try:
-        for path in _files(folder, named)[:1]:
-            for _, kind, shape in _tensors(path):
-                if kind in _FORMATS:
-                    numbers[_FORMATS[kind]] += math.prod(shape)
+        for path in weight_files(folder, named)[:1]:
+            for _, kind, shape in tensors_in(path):
+                if kind in NUMBERS:
+                    numbers[NUMBERS[kind]] += math.prod(shape)
     except (SafetensorError, OSError, ValueError):
         return None
     return max(numbers, key=numbers.__getitem__, default=None)
@@ -146,8 +147,8 @@ def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
         UsageError: a parameter of the model is stored so.
     """
     parameters = {key for full, _ in model.named_parameters() for key in (full, full.removeprefix(f"{model.base_model_prefix}."))}
-    for path in _files(folder, named):
-        for key, kind, _ in _tensors(path):
+    for path in weight_files(folder, named):
+        for key, kind, _ in tensors_in(path):
             if kind.startswith(("I", "U", "BOOL")) and key in parameters:
                 raise UsageError(
                     f"the weights of {name} are no plain numbers: {key} is stored as {kind}, and its config.json has no "
@@ -155,7 +156,7 @@ def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
                 )
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+def tensors_in(path: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, format and shape of each tensor in a file, of which only the header is read."""
     with safe_open(path, framework="np") as file:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
@@ -163,8 +164,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
             yield name, tensor.get_dtype(), tensor.get_shape()
 
 
-def _files(folder: str, named: Any) -> list[Path]:
-    """The file of the weights, or those that their index names; empty if there is none."""
+def weight_files(folder: str, named: Any) -> list[Path]:
+    """The file of the weights, or those that their index names; empty if there is none. The arguments are those of `stored_dtype`."""
     for name in (filenames.WEIGHTS, filenames.WEIGHTS_INDEX) if named is None else (str(named),):
         if (path := found(folder, name)) is not None:
             shards = [found(folder, shard) for shard in sorted(shards_in(path))] if name.endswith(".json") else [path]

@@ -27,7 +27,7 @@ def export(
         str | None,
         typer.Option(
             metavar="TYPES",
-            help="For gguf: number format, f32, f16 or bf16; with llama-cpp-python also q8_0, q6_k, q5_k_m, q4_k_m, … "
+            help="For gguf: number format, f32, f16, bf16 or q8_0; with llama-cpp-python also q6_k, q5_k_m, q4_k_m, … "
             "Several with commas write a file each. [default: as stored]",
         ),
     ] = None,

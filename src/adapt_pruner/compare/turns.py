@@ -108,14 +108,14 @@ def speeds(
 
 def as_gguf(model: str, path: Path, quant: str | None, trust: bool, listen: Listener) -> str:
     """A model as a GGUF file: the file itself, or the model exported to `path`."""
-    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.checkpoint.stored import load_unread
     from adapt_pruner.export import export, llama_cpp
 
     llama_cpp.library()  # fails before any work is done
     if Path(model).is_file():
         return model
     listen(Load(model=model))
-    for note in export(load(model, trust_remote_code=trust), path, to="gguf", quant=quant):
+    for note in export(load_unread(model, trust_remote_code=trust), path, to="gguf", quant=quant):
         listen(Warned(message=f"{model}: {note}"))
     return str(path)
 

@@ -8,7 +8,7 @@ A form is a file `NAME.py` of this folder, found because it is there, with the n
     holds(artefact) -> bool                        whether a path is of this form
     opened(artefact, *, context, trust_remote_code)    opens it in the engine that proves it: a context with an `engines.Engine`
 
-It also has `QUANTS` if its `write` can store weights in several types. It has `PADS` if its `write` takes `pad`: MLPs are then
+It also has `LAZY` if its `write` reads the weights one by one (`checkpoint.stored`), so that nobody has to hold them. It has `QUANTS` if its `write` can store weights in several types. It has `PADS` if its `write` takes `pad`: MLPs are then
 zero-padded to multiples of that number of neurons. It has `LIBRARY`, the hub's name of the library that loads it, if that is not
 transformers. A form that is a folder for transformers takes the last three functions above
 from `plain.py`.
@@ -57,11 +57,16 @@ def form_of(name: str) -> Form:
     return cast(Form, importlib.import_module(f"{__name__}.{name}"))
 
 
+def is_lazy(name: str) -> bool:
+    """Whether the form `name` is written without all weights in memory, from what `checkpoint.stored.load_unread` gives."""
+    return "LAZY" in _names(name)
+
+
 def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad: int | None = None) -> list[str]:
     """Write a model in the form `to`; whole or not at all.
 
     Args:
-        loaded: the model in float32; left as found.
+        loaded: the model in float32, or for a lazy form without its weights; left as found.
         path: a folder that does not exist or is empty; for `gguf` a file that does not exist.
         to: a name of `forms()`.
         quant: for `gguf`, the type of the stored matrices; None keeps the checkpoint's.

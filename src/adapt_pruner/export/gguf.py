@@ -8,6 +8,9 @@ that also takes the biases of Qwen2. `openelm` normalises queries and keys as Qw
     Qwen3 with tied embeddings             openelm
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
 
+The weights come one by one from the checkpoint's files and go into the file in their final type. Only k-quants, and the head beside
+other types of 4 and 5 bits, are left to llama.cpp, which makes the file from one that has them as stored.
+
 Quantised matrices consist of blocks of 32 numbers in a row (256 for k-quants). A `ffn_down` whose rows are not whole blocks would
 stay in F16. So if the file will be quantised here, MLPs are padded with zero neurons to a multiple of 32. `pad` pads a float file
 that will be quantised later, to multiples of 32 or, for k-quants, of 256. A model with a layer that lacks its attention or MLP is
@@ -17,18 +20,20 @@ keys, where Hugging Face pairs the two halves of a head; so these rows are reord
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite, or_unwritten, unwritten
+from adapt_pruner.checkpoint.stored import weights_of
 from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_whole
@@ -38,19 +43,24 @@ from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
 from adapt_pruner.export.loading import GGUF_TYPES, misread, not_computed, ropes_of
-from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, padded_weights, widest
+from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, widening, widest
 
 ABOUT = "one file for llama.cpp and what is built on it"
 
-_PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+LAZY = True
+_NAME = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # which the gguf library makes, to the last bit as llama.cpp does
 QUANTS = (
-    *_PLAIN, "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k",
+    *_NAME.values(), "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0", "q3_k_l", "q3_k_m", "q3_k_s",
+    "q2_k",
 )  # fmt: skip
-"""Types of stored matrices; llama.cpp's own library makes all but the first three."""
+"""Types of stored matrices."""
 
 PADS = (32, 256)
 """Block sizes of quantised rows, the second for k-quants; MLPs may be padded to multiples of them."""
-_BLOCK = PADS[0]
+_BLOCK, _K_BLOCK = PADS
+_AT_ONCE = 2**22  # the numbers of a matrix that are converted together
+_HEADS = ("output.weight", "token_embd.weight")  # the second if there is no first
 _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -80,10 +90,10 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     """Write `loaded` as one GGUF file with its tokenizer, chat template and special tokens.
 
     Args:
-        loaded: the model in float32.
+        loaded: the model in float32, or without its weights (`checkpoint.stored`).
         path: a file that does not exist.
         quant: one of `QUANTS`; None for the checkpoint's type. Norms and biases are always float32.
-        pad: one of `PADS`; None for 32 if llama.cpp quantises the file here, and no padding otherwise.
+        pad: one of `PADS`; None for 32 if the file is quantised, and no padding otherwise.
 
     Raises:
         UsageError: the file exists, a library is missing, or llama.cpp has no place for something in the model.
@@ -93,8 +103,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
         import gguf
     except ImportError as error:
         raise UsageError(f"GGUF files are written with the gguf library, which is not installed; {to_install('gguf')}") from error
-    quant = quant.lower() if quant else None
-    if quant is not None and quant not in QUANTS:
+    quant = quant.lower() if quant else _NAME.get(loaded.dtype, "f32")
+    if quant not in QUANTS:
         raise UsageError(f"quantisation {quant!r} is not known; {nearest(quant, QUANTS)}")
     if pad is not None and pad not in PADS:
         raise UsageError(f"pad {pad} is not a block size of llama.cpp's types; use {' or '.join(map(str, PADS))}")
@@ -103,24 +113,32 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
     if path.suffix != ".gguf":
         raise UsageError(f"{path} does not end in .gguf, which tools look for; name it {path.name}.gguf")
     check_place(path)
-    quantised = quant is not None and quant not in _PLAIN
-    if quantised:
-        llama_cpp.library()  # fails before any work is done
+    quantised = quant not in _NAME.values()
     plan, notes = _planned(loaded.model, multiple=pad or (_BLOCK if quantised else 1))
-    dtype = _PLAIN.get(quant or "", torch.float32 if quantised else loaded.dtype)
-    check_finite(path, loaded.model.state_dict(), dtype=dtype)
-    if reason := lacks_disk_space(path, count_parameters(loaded.model) * (torch.float32 if quantised else dtype).itemsize):
+    valueless, read = weights_of(loaded)
+    shapes = dict(_tensors(loaded.model, plan, valueless.__getitem__))
+    entries, left = _entries(gguf, shapes, quant)
+    if left:
+        llama_cpp.library()  # fails before any work is done
+    first = sum(entry.num_bytes for entry in entries.values())
+    last = count_parameters(loaded.model) * (int(quant[1]) + 1) // 8 if left else 0  # about what llama.cpp writes
+    if reason := lacks_disk_space(path, first + last, largest=first):
         raise unwritten(path, reason)
+    if quantised:
+        notes += _left_wide(shapes, quant)
+    limit = {"f16": torch.float16, "bf16": torch.bfloat16}.get(quant, torch.float32)
+
+    def finite(name: str) -> Tensor:
+        weight = read(name)
+        check_finite(path, {name: weight}, dtype=limit)
+        return weight
+
     with or_unwritten(path):
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as partial:
-            if quantised:
-                with file_beside(path) as wide:
-                    notes += _write(gguf, loaded, wide, plan, dtype)
-                    llama_cpp.quantise(wide, partial, str(quant))
-                notes += _left_wide(gguf, partial, str(quant))
-            else:
-                notes += _write(gguf, loaded, partial, plan, dtype)
+        with whole_file(path) as partial, file_beside(path) if left else nullcontext(partial) as target:
+            notes += _write(gguf, loaded, target, plan, quant, entries, finite)
+            if left:
+                llama_cpp.quantise(target, partial, quant)
             if os.path.lexists(path):
                 rescued = partial.rename(path.with_name(f"{path.stem}-{partial.name[-8:]}{path.suffix}"))
                 raise RunError(f"another program wrote {path} meanwhile; the complete result is in {rescued}")
@@ -252,30 +270,67 @@ def _slides(config: Any) -> bool:
     return types is None or "sliding_attention" in types
 
 
-def _write(gguf: Any, loaded: Loaded, path: Path, plan: _Plan, dtype: torch.dtype) -> list[str]:
-    """Write the file with its keys and tensors."""
-    model = loaded.model
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor of the file: its shape, its type and the bytes of its values."""
+
+    shape: torch.Size
+    kind: Any
+    num_bytes: int
+
+
+def _entries(gguf: Any, shapes: Mapping[str, Tensor], quant: str) -> tuple[dict[str, _Entry], bool]:
+    """What is written of each tensor here, and whether llama.cpp has to make the final types of it.
+
+    Source: `llama-quant.cpp` of llama.cpp, whose types of 4 and 5 bits have a head of 6 bits, or of 8 where its rows are no whole blocks.
+    """
+    kinds, entries, left = gguf.GGMLQuantizationType, {}, False
+    head = next(name for name in _HEADS if name in shapes)
+    for name, tensor in shapes.items():
+        row, stored = tensor.shape[-1], _NAME.get(tensor.dtype, "f32")
+        made = quant in _BLOCKS and (name != head or quant == "q8_0" or row % _K_BLOCK > 0)
+        if tensor.dim() == 1:
+            kind = "f32"
+        elif quant in _NAME.values():
+            kind = quant
+        elif row % _BLOCK:
+            kind = "f16"
+        elif made:
+            kind = "q8_0" if name == head else quant
+        else:
+            kind, left = stored, True
+        numbers, size = gguf.GGML_QUANT_SIZES[kinds[kind.upper()]]
+        entries[name] = _Entry(tensor.shape, kinds[kind.upper()], tensor.numel() // numbers * size)
+    return entries, left
+
+
+def _write(
+    gguf: Any, loaded: Loaded, path: Path, plan: _Plan, quant: str, entries: Mapping[str, _Entry], read: Callable[[str], Tensor]
+) -> list[str]:
+    """Write the file with its keys and tensors, each of which is read, converted and written before the next."""
     writer = gguf.GGUFWriter(path, plan.arch)
     try:
-        _add_keys(gguf, writer, loaded, plan, dtype)
-        notes = add_tokenizer(
-            writer, loaded.tokenizer, vocab_size=model.get_input_embeddings().weight.shape[0], generation=model.generation_config
-        )
-        for name, tensor in _tensors(model, plan):
-            data, kind = tensor.detach().float().contiguous().numpy(), None
-            if tensor.dim() > 1 and dtype != torch.float32:  # vectors and the rope's factors stay in float32
-                kind = gguf.GGMLQuantizationType.F16 if dtype == torch.float16 else gguf.GGMLQuantizationType.BF16
-                data = gguf.quants.quantize(data, kind)
-            writer.add_tensor(name, data, raw_dtype=kind)
+        _add_keys(gguf, writer, loaded, plan, quant)
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        notes = add_tokenizer(writer, loaded.tokenizer, vocab_size=rows, generation=loaded.model.generation_config)
+        for name, entry in entries.items():
+            writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), entry.num_bytes, raw_dtype=entry.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
+        writer.write_ti_data_to_file()
+        (file,) = writer.fout
+        writer.write_padding(file, file.tell())
+        for name, tensor in _tensors(loaded.model, plan, read):
+            entry = entries[name]
+            for part in tensor.detach().split(max(1, _AT_ONCE // tensor.shape[-1])):
+                gguf.quants.quantize(part.float().contiguous().numpy(), entry.kind).tofile(file)
+            writer.write_padding(file, entry.num_bytes)
     finally:
         writer.close()
     return notes
 
 
-def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.dtype) -> None:
+def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, quant: str) -> None:
     config, sizes = loaded.model.config, plan.sizes
     writer.add_type("model")
     base = origin(loaded.source)
@@ -294,7 +349,7 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{base['hub']}")
     writer.add_description("pruned by adapt-pruner" if loaded.mask is not None else "written by adapt-pruner")
     kinds = gguf.LlamaFileType
-    writer.add_file_type({torch.float16: kinds.MOSTLY_F16, torch.bfloat16: kinds.MOSTLY_BF16}.get(dtype, kinds.ALL_F32))
+    writer.add_file_type(kinds.ALL_F32 if quant == "f32" else kinds[f"MOSTLY_{quant.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     window = getattr(config, "sliding_window", None) if _slides(config) else None
     context = config.max_position_embeddings
@@ -326,21 +381,23 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, dtype: torch.
         writer.add_rope_freq_base_swa(ropes_of(config.rope_parameters)[1]["rope_theta"])
 
 
-def _tensors(model: Any, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor, under its name in llama.cpp."""
+def _tensors(model: Any, plan: _Plan, read: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor, under its name in llama.cpp; `read` gives the one of a name in the model."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     names = _NAMES | (_GEMMA_NAMES if plan.arch == "gemma3" else {})
     fused: dict[str, Tensor] = {}
     rope = ropes_of(model.config.rope_parameters)[0]
     if rope.get("rope_type") == "llama3":  # by which llama.cpp divides the frequencies of a plain rope
         plain = rope["rope_theta"] ** (-torch.arange(0, plan.head_dim, 2, dtype=torch.float64) / plan.head_dim)
-        yield "rope_freqs.weight", (plain / model.model.rotary_emb.inv_freq.cpu()).float()
-    for full, tensor in padded_weights(model, plan.sizes).items():
+        yield "rope_freqs.weight", (plain / type(model.model.rotary_emb)(model.config).inv_freq).float()
+    widened = widening(model, plan.sizes)
+    for full in model.state_dict():
         module, _, leaf = full.rpartition(".")
         if full == "lm_head.weight" and tied:
             continue
+        tensor = widened(full, read(full))
         if plan.arch == "gemma3" and module.endswith("norm"):
-            tensor = tensor + 1  # Gemma's norms scale by 1 + w
+            tensor = tensor.float() + 1  # Gemma's norms scale by 1 + w
         if not module.startswith("model.layers."):
             yield f"{names[module]}.{leaf}", tensor
             continue
@@ -361,17 +418,12 @@ def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
-def _left_wide(gguf: Any, path: Path, quant: str) -> list[str]:
-    """A sentence on matrices that stayed in 16 bits or more because their rows are not whole blocks; empty if there are none."""
-    wide = [
-        tensor
-        for tensor in gguf.GGUFReader(path).tensors
-        if len(tensor.shape) > 1 and tensor.tensor_type.name in ("F16", "BF16", "F32")
-    ]
-    if not wide:
+def _left_wide(shapes: Mapping[str, Tensor], quant: str) -> list[str]:
+    """A sentence on matrices that stay in 16 bits because their rows are not whole blocks; empty if there are none."""
+    widths = [tensor.shape[-1] for tensor in shapes.values() if tensor.dim() > 1 and tensor.shape[-1] % _BLOCK]
+    if not widths:
         return []
-    widths: Sequence[int] = sorted({int(tensor.shape[0]) for tensor in wide})
     return [
-        f"{len(wide)} matrices stay in 16 bits, since their rows of {', '.join(map(str, widths))} numbers are not whole blocks of "
-        f"{_BLOCK}; they make the {quant} file larger"
+        f"{len(widths)} matrices stay in 16 bits, since their rows of {', '.join(map(str, sorted(set(widths))))} numbers are not whole "
+        f"blocks of {_BLOCK}; they make the {quant} file larger"
     ]

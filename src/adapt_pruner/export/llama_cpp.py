@@ -88,5 +88,6 @@ def quantise(source: Path, target: Path, quant: str) -> None:
         raise UsageError(f"this llama.cpp does not know the quantisation {quant!r}; {nearest(quant, kinds)}")
     params = module.llama_model_quantize_default_params()
     params.ftype = kinds[quant]
+    params.max_buf_size = 2**28  # bytes of rows at once; 8 GiB by default; has no effect in older versions of llama-cpp-python
     if module.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) != 0:
         raise RunError(f"llama.cpp could not quantise the model to {quant}: {'; '.join(errors[-2:]) or 'it does not say why'}")

@@ -5,7 +5,7 @@ whatever it attends to. Query head (k, g) is number g of KV head k. It moves to 
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +100,29 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
         UsageError: several projections of the model share one matrix, or its MLPs have no gate.
         ValueError: a size is below the layer's own.
     """
+    widened = widening(model, sizes)
+    return {name: widened(name, tensor) for name, tensor in model.state_dict().items()}
+
+
+def widening(model: Any, sizes: Sequence[LayerSizes]) -> Callable[[str, Tensor], Tensor]:
+    """The function that takes the name and the value of a tensor of `model`, and returns it as wide as a model of `sizes` has it.
+
+    Raises:
+        UsageError: several projections of the model share one matrix, or its MLPs have no gate.
+        ValueError: a size is below the layer's own.
+    """
     if not hasattr(model.model.layers[0].self_attn, "q_proj"):
         raise UsageError(
             "queries, keys and values of this model are one matrix, qkv_proj, which zero-padding does not support yet; use the "
             "checkpoint as it is, or export it to onnx"
         )
-    state: dict[str, Tensor] = dict(model.state_dict())
-    if "model.layers.0.mlp.gate_proj.weight" not in state:
+    if not hasattr(model.model.layers[0].mlp, "gate_proj"):
         raise UsageError(
             "this export widens the gate_proj of MLPs, which those of this model do not have; use the checkpoint as it is, or export it "
             "--to onnx"
         )
     head_dim = model.model.layers[0].self_attn.head_dim
+    wider: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {}
     for index, (now, new) in enumerate(zip(layer_sizes(model), sizes, strict=True)):
         if new.kv_heads < now.kv_heads or new.query_heads < now.query_heads or new.neurons < now.neurons:
             raise ValueError(f"layer {index} has {now}, more than {new}")
@@ -127,11 +138,13 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
             ("mlp.up_proj", 0, neurons, neurons_new),
             ("mlp.down_proj", 1, neurons, neurons_new),
         ):
-            at = f"model.layers.{index}.{name}"
-            state[f"{at}.weight"] = _widened(state[f"{at}.weight"], dim, blocks, blocks_new)
-            if dim == 0 and f"{at}.bias" in state:
-                state[f"{at}.bias"] = _widened(state[f"{at}.bias"], 0, blocks, blocks_new)
-    return state
+            for leaf in ("weight", "bias") if dim == 0 else ("weight",):
+                wider[f"model.layers.{index}.{name}.{leaf}"] = dim, blocks, blocks_new
+
+    def widened(name: str, tensor: Tensor) -> Tensor:
+        return _widened(tensor, *wider[name]) if name in wider else tensor
+
+    return widened
 
 
 def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tuple[int, ...]) -> Tensor:
