@@ -10,7 +10,7 @@ MODEL := smollm2-135m-instruct
 DEMO := runs/demo
 MINUTES := 5
 
-.PHONY: demo docs test check format fuzz golden matrix common-tests ladder ladder-quick clean help
+.PHONY: demo docs test check format fuzz golden gpu matrix common-tests ladder ladder-quick clean help
 
 help:
 	@echo "make demo    make a real language model smaller in five minutes, or in others: make demo MINUTES=30"
@@ -18,6 +18,7 @@ help:
 	@echo "make check   format, lint and types"
 	@echo "make golden  compare what this code computes with another commit's, to the last bit: make golden BASE=6fb363c"
 	@echo "make fuzz    hostile recipes, texts, checkpoints, run folders and options for ten minutes: make fuzz SECONDS=600 SEED=7"
+	@echo "make gpu     on a machine with a CUDA card: the law, masks, pruning, training and memory there in nine minutes; installs nothing"
 	@echo "make matrix  load checkpoints with the lowest and the newest transformers, without adapt-pruner"
 	@echo "make common-tests  transformers' own tests of models, on our classes (needs a package index)"
 	@echo "make docs    the documentation as a site, in build/site"
@@ -64,6 +65,10 @@ golden: $(READY)
 
 fuzz: $(READY)
 	$(BIN)/python tests/fuzz.py --seconds $(or $(SECONDS),600) $(if $(SEED),--seed $(SEED))
+
+gpu:
+	$(NEW_ENOUGH)
+	$(PYTHON) benchmarks/gpu.py
 
 matrix: $(READY)
 	$(BIN)/python .ci/matrix
