@@ -43,7 +43,7 @@ SMALL = {
     "num_hidden_layers": 2,
 }  # fmt: skip
 BETWEEN = SMALL | {
-    "hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 16, "num_key_value_heads": 8, "num_hidden_layers": 6,
+    "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 6,
 }  # fmt: skip
 CALIBRATION: dict[str, Any] = {
     "calibration.source": "python-docs:train", "calibration.samples": 8, "calibration.length": 64, "calibration.self_generated": 0,
