@@ -12,11 +12,13 @@ tiles, and glibc keeps some of what is freed. Processor, allocator and load deci
 import argparse
 import gc
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.moments import is_quantised
 from adapt_pruner.core.model.precision import native_bfloat16
 from adapt_pruner.core.system import world
 from adapt_pruner.data.fixed import Fixed
@@ -37,7 +40,7 @@ from adapt_pruner.reduce.repair.closed_form import least_squares
 from adapt_pruner.run.estimate import Setup, process_bytes, pruning_memory, repair_memory, shapes, training_memory
 from adapt_pruner.score.calibrate import Evidence, mean_loss, score
 from adapt_pruner.score.weights import taylor
-from adapt_pruner.train.kernels import kernels
+from adapt_pruner.train.kernels import kernels, stored_as
 from adapt_pruner.train.loop import TrainConfig, TrainState, make_optimizer, steps
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
@@ -78,6 +81,8 @@ CASES = {
     "fsdp": Case("training", WIDE, Setup("cpu", True, 64, 128, 512, processes=2, parallel="fsdp")),
     "activations": Case("training", LONG, Setup("cpu", False, 64, 2048, 4096)),
     "activations-bfloat16": Case("training", LONG, Setup("cpu", True, 64, 2048, 4096)),
+    "8-bit": Case("training", WIDE, Setup("cpu", True, 64, 128, 256, stored=2, bits=8)),
+    "4-bit-in-backward": Case("training", WIDE, Setup("cpu", True, 64, 128, 128, stored=2, bits=4, in_backward=True)),
     "pruning": Case("pruning", WIDE, Setup("cpu", True, 256, 256, 512)),
     "samples": Case("samples", WIDE, Setup("cpu", False, 256, 256, 512)),
     "reading": Case("reading", WIDE, Setup("cpu", True, 256, 256, 512)),
@@ -107,7 +112,7 @@ class Tensors(TorchDispatchMode):
             return NotImplemented  # it comes again, as what it does with the shares
         given = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(given):
-            if isinstance(tensor, Tensor):
+            if isinstance(tensor, Tensor) and not is_quantised(tensor):  # which is seen as its codes and scales
                 made = tensor.untyped_storage()
                 if made.device.type != "meta":  # what DTensor tries its shapes with
                     self._alive[made._cdata] = weakref.ref(made)
@@ -193,11 +198,16 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
             score(model, axes, batches, metrics=[metric], dtype=dtype)
         return gauge.most()
     ids = torch.randint(3, case.config["vocab_size"], (2 * rows, how.length))
-    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0)
+    lowbit = how.bits < 32 or how.stored == 2
+    optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0, bits=how.bits, torchao="this case" if lowbit else None)
     kernel = {"gradient_checkpointing": how.checkpointing, "compiled": False, "liger": False}
-    with spread(model, optimizer, dtype=dtype) as (working, its_optimizer), kernels(working, **kernel):
+    stored = stored_as(model, torch.bfloat16) if how.stored == 2 else nullcontext()
+    with stored, spread(model, optimizer, dtype=dtype) as (working, its_optimizer), kernels(working, **kernel):
         gauge.begin()
-        training = TrainConfig(lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=how.micro_tokens, dtype=dtype)
+        training = TrainConfig(
+            lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=how.micro_tokens, dtype=dtype, in_backward=how.in_backward,
+            clip=math.inf if how.in_backward else 1.0,
+        )  # fmt: skip
         feed = Fixed(cast(Any, Rows(ids)))
         for step in steps(working, feed, its_optimizer, TrainState(), training, until=2 * rows):
             step.take()

@@ -1,6 +1,7 @@
 """Memory and time by formula: held against the tensors of real training and scoring, and against counts by hand."""
 
 import functools
+import importlib.util
 import re
 import sys
 from dataclasses import replace
@@ -64,6 +65,10 @@ CASES = {
     "repair": Case("repair", ONE_LAYER, Setup("cpu", False, 32, 32, 64), samples=32),
     "repair-twice": Case("repair-twice", ONE_LAYER, Setup("cpu", False, 64, 64, 128), samples=32),
 }
+TORCHAO = importlib.util.find_spec("torchao") is not None
+if TORCHAO:
+    CASES["8-bit"] = Case("training", SMALL, Setup("cpu", True, 8, 8, 16, stored=2, bits=8))
+    CASES["4-bit-in-backward"] = Case("training", UNTIED, Setup("cpu", True, 8, 16, 16, stored=2, bits=4, in_backward=True))
 CLOSE = 0.05
 """What the formulas leave out: norms, sums on their way, a layer's values at the moment of its peak."""
 
@@ -77,6 +82,8 @@ def of_config(config: dict[str, Any]) -> Any:
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration text is read 64 tokens at a time, as many as the models are small."""
     monkeypatch.setattr(windows, "MICRO_TOKENS", 64)
+    if TORCHAO:
+        monkeypatch.setattr("adapt_pruner.train.lowbit.PIECE", 2**13)  # numbers that are updated at a time
 
 
 @cache

@@ -160,6 +160,9 @@ def check_training(work: "Work", way: str, *, masks: bool = False) -> None:
     unfit = {
         "training.lora": training.lora is not None,
         "training.compile": training.compile,
+        f"training.optimizer {training.optimizer}": training.optimizer != "adamw",  # whose groups of other parameters ascend
+        f"training.weights {training.weights}": training.weights != "float32",
+        "training.step_in_backward": training.step_in_backward,  # no gradient is left to choose by
         "training.gradient_checkpointing": training.gradient_checkpointing and masks,
         "parallel=fsdp": recipe.parallel == "fsdp",
         "moments=reset": recipe.moments == "reset",  # a run that goes on would forget moments in the middle of its training

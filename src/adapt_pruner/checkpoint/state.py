@@ -1,6 +1,7 @@
 """A checkpoint in the middle of a run: a float32 model folder from `checkpoint.save`, and everything that decides the next step.
 
-optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any
+optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any. Moments of 8 or 4 bits
+                        are `exp_avg.codes.NAME` and `exp_avg.scale.NAME`
 lora.safetensors        the LoRA adapters in training; only if there are any, and then `load` refuses the folder
 state.json              the run's state, the size and SHA-256 of every other file, and the SHA-256 of all this
 """

@@ -55,7 +55,15 @@ def check_fitting(recipe: "Recipe") -> None:
         _check_chosen(recipe)
     if "one stage" in needs and recipe.stages > 1:
         raise ValueError(f"reduce {recipe.reduce!r} can run only once, and stages is {recipe.stages}; set stages to 1")
-    shards = recipe.training.shards
+    training = recipe.training
+    if training.weights == "bfloat16" and recipe.dtype == "float32":
+        raise ValueError(
+            "training.weights 'bfloat16' are multiplied in bfloat16, and dtype is 'float32'; set dtype to auto or training.weights to float32"
+        )
+    spread = [training.needs_torchao, "training.step_in_backward" if training.step_in_backward else None]
+    if recipe.parallel == "fsdp" and (unfit := next(filter(None, spread), None)):
+        raise ValueError(f"{unfit} does not work with parallel 'fsdp'; set parallel to ddp, or take float32 weights and adamw")
+    shards = training.shards
     if not isinstance(shards, str) and len(shards) != recipe.stages:
         raise ValueError(
             f"training.shards [{', '.join(f'{share:g}' for share in shards)}] has {len(shards)} shares and stages is {recipe.stages}; give one for each stage, or write "

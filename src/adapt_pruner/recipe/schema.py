@@ -11,40 +11,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, model_validator
 
 from adapt_pruner.core.events import DEFAULT_TEXT
-from adapt_pruner.core.model.budget import check_written, parse_count
+from adapt_pruner.core.model.budget import check_written
 from adapt_pruner.core.model.kinds import USUAL, Prunable
 from adapt_pruner.core.model.pattern import Pattern
-from adapt_pruner.core.model.shards import Shards, checked_shards
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.core.system.strict_yaml import read_keys, value_of
-from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, nearest, settings
 from adapt_pruner.recipe import parts
 from adapt_pruner.recipe.fitting import check_fitting, sentence, unread
 from adapt_pruner.recipe.overrides import keys_of, refuse_lost
+from adapt_pruner.recipe.tables import Calibration, Evaluation, Frozen, Training, Vocabulary, part_of
 
 __all__ = [
     "ALIASES",
     "PAPERS",
-    "Calibration",
-    "Evaluation",
-    "Lora",
     "Recipe",
-    "Source",
-    "Training",
-    "Vocabulary",
     "builtin",
     "check_precision",
     "differing",
@@ -77,28 +61,13 @@ def check_precision(name: Any) -> str:
     return str(name)
 
 
-def _checked_source(source: Any) -> Any:
-    if not isinstance(source, str | Mapping):
-        raise ValueError(
-            f"text {source!r} is neither a SPEC nor SPEC: weight; write it like wiki.jsonl.gz or {{wiki.jsonl.gz: 3, books/: 1}}"
-        )
-    domains(source)
-    return source
-
-
 def _checked_multiple(value: Any) -> Any:
     if value != "auto" and not (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _WIDEST):
         raise ValueError(f"multiple_of {value!r} is not a width; write auto, or a whole number from 1 to {_WIDEST:,}")
     return value
 
 
-Source = Annotated[str | dict[str, float], BeforeValidator(_checked_source)]
-"""A SPEC of text, or a mixture: several SPECs with a weight each."""
-
-Count = Annotated[int, BeforeValidator(lambda value: parse_count(value) if isinstance(value, str) else value)]
-
 Precision = Literal["auto", "float32", "bfloat16"]
-Share = Annotated[float, Field(ge=0, lt=1)]
 Sparsity = Annotated[str, BeforeValidator(lambda value: str(Pattern.parse(value)) if value not in (None, "") else "")]
 """A pattern of zeros as people write it; empty stands for none."""
 
@@ -106,182 +75,7 @@ Written = Annotated[str, BeforeValidator(lambda value: check_written(value) if v
 """A budget as people write it; empty stands for no budget."""
 
 
-def _part(key: str, kind: Any = str) -> Any:
-    return Annotated[kind, AfterValidator(lambda written: None if written is None else parts.check(key, written))]
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Vocabulary(_Frozen):
-    """Which tokens stay, by their use in a text. The others are removed from model and tokenizer before all other pruning."""
-
-    source: Source | None = Field(None, description="text whose tokens are counted: SPEC, or {SPEC: weight, …}")
-    keep: Count | None = Field(None, ge=1, description="number of tokens to keep; the most used stay")
-    min_uses: int | None = Field(None, ge=1, description="instead of keep: keep each token that is used at least this often")
-
-    @model_validator(mode="after")
-    def _together(self) -> "Vocabulary":
-        if self.source is None:
-            raise ValueError("vocabulary names no text; set vocabulary.source to one whose tokens are counted")
-        if (self.keep is None) == (self.min_uses is None):
-            raise ValueError(
-                "vocabulary needs either keep or min_uses; set one of them: how many tokens stay, or how often a token must be "
-                "used"
-            )
-        return self
-
-
-class Calibration(_Frozen):
-    """The text on which importance is measured."""
-
-    source: Source = Field(
-        "self",
-        description="text to draw from: SPEC, or {SPEC: weight, …}; `self` is self-written text: the model writes it once",
-    )
-    samples: int = Field(64, ge=1, le=10**6, description="sequences per iteration")
-    length: int = Field(128, ge=2, le=10**6, description="tokens per sequence")
-    redraw: bool = Field(True, description="draw from source again in each iteration; false reads the first draw in all")
-    ids: str | None = Field(
-        None, description="JSON file with input_ids, instead of source: exactly these tokens in every iteration"
-    )
-    self_generated: int = Field(
-        0,
-        ge=0,
-        le=10**6,
-        description="sequences of repair text: the model writes them before the first cut, and only the repair reads them",
-    )
-    repair_samples: int = Field(0, ge=0, le=10**6, description="further sequences of source, which only the repair reads")
-
-    @model_validator(mode="after")
-    def _drawn(self) -> "Calibration":
-        if self.repair_samples and (self.ids is not None or SELF in domains(self.source)):
-            raise ValueError(
-                "calibration.repair_samples are drawn from the text in calibration.source; name a text there and leave calibration.ids out"
-            )
-        return self
-
-
-class Lora(_Frozen):
-    """Train LoRA adapters of the linear layers instead of the weights. The adapters are merged before the next cut."""
-
-    rank: int = Field(128, ge=1, le=2**16, description="rank of the addition")
-    alpha: float = Field(16.0, gt=0, description="the addition is multiplied by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="share of the addition's inputs that are dropped in training")
-
-
-class Training(_Frozen):
-    """The training between cuts. There is none if `tokens` is 0."""
-
-    source: Source | None = Field(None, description="text to train on: SPEC, or {SPEC: weight, …} for a mixture")
-    repeat: bool = Field(True, description="repeat a text that is too short; false refuses it")
-    tokens: Annotated[int, BeforeValidator(lambda v: v if v in (0, "0") else parse_count(v))] = Field(
-        0, ge=0, le=10**13, description="tokens to train on, all stages together; 0 trains nothing"
-    )
-    expected: Count | None = Field(None, description="tokens that should fit into minutes; the run warns if far fewer will")
-    batch_tokens: Count = Field(8192, ge=2, description="tokens per optimiser step, in whole rows of length")
-    length: Count = Field(512, ge=2, description="tokens per sequence")
-    lr: float = Field(1e-4, gt=0, description="peak learning rate")
-    schedule: _part("schedule") = Field("schedules.wsd", description="learning-rate curve over the tokens of all stages")  # type: ignore[valid-type]
-    objective: _part("objective") = Field("objectives.lm", description="loss to minimise")  # type: ignore[valid-type]
-    feed: _part("feed") = Field("fixed", description="what decides which rows of the text come next")  # type: ignore[valid-type]
-    shards: Annotated[Shards, BeforeValidator(checked_shards)] = Field(
-        "linear",
-        description="how the tokens are divided among the stages: linear, constant, cosine, last=0.8 for the share of the last stage, or a "
-        "list with a share for each",
-    )
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the run in which the learning rate rises")
-    decay: float = Field(0.10, gt=0, lt=1, description="share of the run in which the learning rate falls (wsd)")
-    floor: float = Field(0.0, ge=0, le=1, description="learning rate at the end, as a share of the peak")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay on matrices")
-    betas: tuple[Share, Share] = Field(
-        (0.9, 0.999), description="AdamW's betas: shares of the past in the running means of the gradient and of its square"
-    )
-    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
-    max_rise: float = Field(
-        2.0, gt=0, description="the run stops if the smoothed loss rises this many nats above its lowest in a stage"
-    )
-    written: int = Field(
-        256,
-        ge=0,
-        le=10**6,
-        description="texts that the dense model writes for each source `self-chat` or `self`, at most, before the first cut",
-    )
-    teacher: str | None = Field(None, description="model to distil from; null is the dense model itself")
-    lora: Lora | None = Field(None, description="train LoRA adapters instead of the weights: {rank, alpha, dropout}")
-    micro_batch_tokens: Count | None = Field(
-        None, ge=1, description="tokens per forward and backward pass of a process; null: 2048 on a CPU, 16384 on a GPU"
-    )
-    gradient_checkpointing: bool = Field(False, description="save memory: compute activations twice instead of keeping them")
-    compile: bool = Field(False, description="compile the decoder with torch.compile, again after each stage's cuts")
-    liger: bool = Field(False, description="use the fused kernels of liger-kernel (CUDA only)")
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the objective learns from a teacher."""
-        return "teacher" in parts.needs("objective", self.objective)
-
-    @property
-    def batch_rows(self) -> int:
-        """Rows of an optimiser step."""
-        return self.batch_tokens // self.length
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens of an optimiser step: those of its whole rows."""
-        return self.batch_rows * self.length
-
-    @model_validator(mode="after")
-    def _together(self) -> "Training":
-        if self.tokens and self.source is None:
-            raise ValueError("training.tokens is set but training.source is not; name a text to train on")
-        if self.source is not None and not self.tokens:
-            raise ValueError("training.source is set but training.tokens is 0; say how many tokens to train on")
-        if self.teacher is not None and not self.needs_teacher:
-            raise ValueError(
-                f"training.teacher is set but training.objective {self.objective!r} has no teacher; set it to objectives.distil"
-            )
-        if self.batch_tokens < self.length:
-            raise ValueError(f"training.batch_tokens {self.batch_tokens} is below training.length {self.length}; raise it")
-        if parts.takes("schedule", self.schedule, "decay") and self.warmup + self.decay > 1:
-            raise ValueError(
-                f"training.warmup {self.warmup} and training.decay {self.decay} add up to more than the whole run, 1; lower one"
-            )
-        return self
-
-
-class Evaluation(_Frozen):
-    """What the model is measured on.
-
-    Held-out text is measured at the start and after every stage, tasks at the start and the end; each only if it is set.
-    """
-
-    source: Source | None = Field(None, description="held-out text: SPEC, or {SPEC: weight, …}")
-    window: int = Field(512, ge=2, description="tokens per window")
-    max_windows: int | None = Field(40, ge=1, description="most windows to read; null reads the whole text")
-    tasks: str | None = Field(
-        None, description="tasks to score at the start and the end: commonsense, mmlu, or names that lm-eval knows"
-    )
-    limit: int | None = Field(None, ge=1, description="most items to score in each task; null scores all")
-    task_dir: str | None = Field(
-        None,
-        description="folder of lm-eval YAML files with your own tasks, or with other data for known tasks; needs --trust-remote-code",
-    )
-
-    prompts: list[str] | None = Field(
-        None,
-        description="prompts answered at the start and the end; null takes three built-in ones if the model has a chat template, [] none",
-    )
-    chat: int = Field(
-        0,
-        ge=0,
-        le=100,
-        description="prompts of ours, whose answers a rule checks, that a chat model is asked at the start and the end",
-    )
-
-
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """A whole run: which model is pruned, how far, in which steps, by which parts, and how it is trained between cuts."""
 
     about: str = Field("", description="one line of description for people")
@@ -305,7 +99,7 @@ class Recipe(_Frozen):
     latency_of: Literal["prefill", "decode"] = Field(
         "prefill", description="what latency times: reading a prompt, or writing the answer"
     )
-    task: _part("task") = Field("causal_lm", description="what the model learns: its batches, its loss and how it is measured")  # type: ignore[valid-type]
+    task: part_of("task") = Field("causal_lm", description="what the model learns: its batches, its loss and how it is measured")  # type: ignore[valid-type]
     stages: int = Field(
         1, ge=1, le=1000, description="rounds of pruning and training; the parameter targets fall linearly from round to round"
     )
@@ -316,14 +110,14 @@ class Recipe(_Frozen):
         None, description="tokens to keep: {source: SPEC, keep: 16384}, or min_uses instead of keep; null keeps all"
     )
     # fmt: off
-    metric: _part("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
+    metric: part_of("metric") = Field("weights.taylor", description="what a unit is worth")  # type: ignore[valid-type]
     sequential_scoring: bool = Field(False, description="score each layer on the output of the already pruned layers below it")
-    distance: _part("distance", str | None) = Field(None, description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
-    head_metric: _part("head_metric", str | None) = Field(None, description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
-    chooser: _part("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
-    repair: _part("repair", str | None) = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
-    reduce: _part("reduce") = Field("units", description="how the model reaches a stage's budget, or how its weights become zero; `adapt-pruner methods` names what each method uses")  # type: ignore[valid-type]
-    solver: _part("solver", str | None) = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
+    distance: part_of("distance", str | None) = Field(None, description="what a layer or block is worth; null if the chooser needs no such score")  # type: ignore[valid-type]
+    head_metric: part_of("head_metric", str | None) = Field(None, description="what a KV head is worth when its layer is about to lose one; null takes the scores of metric")  # type: ignore[valid-type]
+    chooser: part_of("chooser") = Field("allocate.adaptive", description="how much each axis gives up")  # type: ignore[valid-type]
+    repair: part_of("repair", str | None) = Field(None, description="how the remaining weights make up for a cut, before it is made; null repairs nothing")  # type: ignore[valid-type]
+    reduce: part_of("reduce") = Field("units", description="how the model reaches a stage's budget, or how its weights become zero; `adapt-pruner methods` names what each method uses")  # type: ignore[valid-type]
+    solver: part_of("solver", str | None) = Field(None, description="for reduce=sparse: which weights become zero, and how the others make up for it")  # type: ignore[valid-type]
     # fmt: on
     step: float = Field(
         0.02, ge=1e-4, le=1, description="share of an axis's start size removed per iteration; 1 prunes in one shot"
@@ -486,7 +280,7 @@ class Recipe(_Frozen):
         return self
 
 
-_TABLE_OF: dict[str, type[_Frozen]] = {"calibration": Calibration, "training": Training, "evaluation": Evaluation}
+_TABLE_OF: dict[str, type[Frozen]] = {"calibration": Calibration, "training": Training, "evaluation": Evaluation}
 
 
 @functools.cache

@@ -101,6 +101,9 @@ class Setup:
         batch_tokens: tokens of an optimiser step, of all processes.
         checkpointing: whether the backward pass computes the layers' activations again.
         lora: rank of the additions that are trained instead of the weights; 0 for none.
+        stored: w, bytes of a weight while training: 4, or 2 in bfloat16; the additions of LoRA take 4.
+        bits: of a moment.
+        in_backward: whether gradients are freed one by one in the backward pass.
         teacher: shapes of the model to distil from.
         processes: n.
         parallel: `ddp`, the whole model on each process while training, or `fsdp`, a share of it.
@@ -113,6 +116,9 @@ class Setup:
     batch_tokens: int = 0
     checkpointing: bool = False
     lora: int = 0
+    stored: int = 4
+    bits: int = 32
+    in_backward: bool = False
     teacher: Shapes | None = None
     processes: int = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -124,6 +130,16 @@ class Setup:
         most = min(most, self.batch_tokens // self.processes) if self.batch_tokens else most
         return max(1, most // self.length) * self.length
 
+    @property
+    def moments(self) -> float:
+        """Bytes of the two moments of a parameter, with the float32 scales of their blocks (`train.lowbit`)."""
+        return 2 * (self.bits / 8 + {32: 0, 8: 4 / 256, 4: 4 / 128}[self.bits])
+
+    @property
+    def learnt(self) -> int:
+        """Bytes of a number that is trained, and of its gradient."""
+        return 4 if self.lora else self.stored
+
     def trained(self, of: Shapes) -> int:
         """Parameters that have a gradient and moments."""
         return self.lora * of.in_and_out if self.lora else of.params
@@ -132,12 +148,13 @@ class Setup:
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     """Bytes of one process at the peak of an optimiser step, by what holds them.
 
-    Weights take 4 N, gradients 4 N, moments 8 N. With FSDP each is divided by n, and the current layer, the next layer and the
-    weights outside the layers are gathered. Without FSDP autocast keeps a bfloat16 copy of the layers' matrices, 2 N_dec.
+    Weights take w N, gradients w N, moments 8 N, 2.03 N with 8 bits or 1.06 N with 4. If steps are taken in the backward pass, the
+    largest gradient counts, the head's, which is part of the loss. With FSDP each is divided by n, and the current layer, the next layer and the weights outside the
+    layers are gathered. Without FSDP autocast keeps a bfloat16 copy of float32 layers' matrices, 2 N_dec.
 
     The peak is in the last pass of a step, at one of two places. At the loss, there are activations and logits (with
     checkpointing: the larger of logits and the recomputed activations of one layer). At the end of the backward pass, some
-    gradients are still in temporary buffers: 4 V·H of the embedding, and as much again of a head tied to it. In bfloat16 there
+    gradients are still in temporary buffers: w V·H of the embedding, and as much again of a head tied to it. In bfloat16 there
     are also 2 N_dec of all copies, since the casts of the step's first pass come last in the backward pass.
 
     Returns:
@@ -146,22 +163,26 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     element = 2 if how.narrow else 4
     sharded = how.parallel == "fsdp" and how.processes > 1
     shares = how.processes if sharded else 1
-    trained, whole = how.trained(of), of.params + (how.trained(of) if how.lora else 0)
-    parts = {"weights": 4 * whole // shares, "gradients": 4 * trained // shares, "moments": 8 * trained // shares}
+    trained = how.trained(of)
+    parts = {
+        "weights": (how.stored * of.params + (4 * trained if how.lora else 0)) // shares,
+        "gradients": 0 if how.in_backward else how.learnt * trained // shares,
+        "moments": round(how.moments * trained) // shares,
+    }
     temporary = 0
     if sharded:
         outside = of.params - of.decoder
         parts["gathered shards"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
     else:
-        parts["bfloat16 copies"] = 2 * of.decoder if how.narrow else 0
+        parts["bfloat16 copies"] = 2 * of.decoder if how.narrow and how.stored == 4 else 0
         if not how.lora:
             again = how.batch_tokens // how.processes > how.tokens
-            temporary = 4 * of.head * (2 if of.tied else 1) + (parts["bfloat16 copies"] if again else 0)
-    norms = (16, 12)
-    parts["activations"] = _activations(of, how, norms=norms)
+            temporary = how.stored * of.head * (2 if of.tied else 1) + (parts["bfloat16 copies"] if again else 0)
+    norm = 2 * (how.stored + element)
+    parts["activations"] = _activations(of, how, norm=norm)
     parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
     if how.checkpointing:
-        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norms=norms) // of.layers)
+        parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norm=norm) // of.layers)
     parts["temporary buffers"] = max(0, temporary - parts["activations"] - parts["loss"])
     if how.teacher is not None:
         parts["teacher"] = element * (how.teacher.params + how.tokens * of.width)
@@ -181,7 +202,7 @@ def pruning_memory(
 ) -> dict[str, int]:
     """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
 
-    Weights take 4 N, and moments 8 N if they are carried from stage to stage. Gradients, bfloat16 copies and activations are
+    Weights take 4 N, and moments as in training if they are carried from stage to stage. Gradients, bfloat16 copies and activations are
     those of k layers (`core.model.layers.layers_at_once`). Hidden states between groups of k layers, with their gradients, are held
     for all calibration tokens of a process. The memory for the loss is freed before that for the layers is needed. Several
     processes share the batches, not the weights.
@@ -199,7 +220,7 @@ def pruning_memory(
         halved: whether a pass reads half a batch, if the batch has two rows or more.
     """
     micro = windows.MICRO_TOKENS // (1 + halved)
-    rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None)
+    rows = replace(how, length=length, micro_tokens=micro, batch_tokens=0, checkpointing=False, teacher=None, stored=4)
     held = _held(of, how, moments=moments)
     if evidence is Evidence.WEIGHTS and not reads:
         return held
@@ -209,7 +230,7 @@ def pruning_memory(
     k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
-    all_activations, all_loss = _activations(of, rows, norms=(24, 26)), _loss(of, rows, learns=False)
+    all_activations, all_loss = _activations(of, rows, norm=26 if how.narrow else 24), _loss(of, rows, learns=False)
     activations = all_activations * k // of.layers
     scoring = {
         "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
@@ -261,7 +282,7 @@ def repair_memory(
 
 def _held(of: Shapes, how: Setup, *, moments: bool) -> dict[str, int]:
     """Bytes that a process holds as long as it prunes."""
-    held = {"weights": 4 * of.params, "moments": 8 * of.params if moments else 0}
+    held = {"weights": 4 * of.params, "moments": round(how.moments * of.params) if moments else 0}
     if how.teacher is not None:
         held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     return held
@@ -273,24 +294,22 @@ def process_bytes(parts: Mapping[str, int], device: str) -> int:
     return round(held + _HOLES * parts.get("activations", 0) + _PROCESS if device == "cpu" else held)
 
 
-def _activations(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+def _activations(of: Shapes, how: Setup, *, norm: int) -> int:
     """Bytes that autograd keeps for m tokens.
 
-    For each layer it keeps the inputs and outputs of its two norms (`norms` bytes per channel in float32 and in bfloat16). It
+    For each layer it keeps the inputs and outputs of its two norms (`norm` bytes per channel). It
     also keeps queries, keys, values and the output of attention, gate, its activation, up and their product. With checkpointing
     it keeps the input of each layer, and all of one layer.
     """
-    layers, last_norm = _layers(of, how, norms=norms), (4 + (2 if how.narrow else 4)) * of.width
+    layers, last_norm = _layers(of, how, norm=norm), (how.stored + (2 if how.narrow else 4)) * of.width
     if how.checkpointing:
-        return how.tokens * (4 * of.layers * of.width + layers // of.layers + last_norm)
+        return how.tokens * (how.stored * of.layers * of.width + layers // of.layers + last_norm)
     return how.tokens * (layers + last_norm)
 
 
-def _layers(of: Shapes, how: Setup, *, norms: tuple[int, int]) -> int:
+def _layers(of: Shapes, how: Setup, *, norm: int) -> int:
     """Bytes that autograd keeps for one token in all layers."""
-    wide, narrow = norms
-    each, element = (narrow, 2) if how.narrow else (wide, 4)
-    return each * of.layers * of.width + element * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
+    return norm * of.layers * of.width + (2 if how.narrow else 4) * (2 * of.queries + 2 * of.keys + 4 * of.neurons)
 
 
 def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk: int | None = None) -> int:
@@ -304,8 +323,8 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
     logits = of.vocabulary * (element * chunk + (4 * at_once if how.narrow else 0))
     if how.teacher is not None:
         logits += 20 * of.vocabulary * at_once
-    of_head = ((4 + element) * learns + element * how.narrow) * of.head
-    return logits + 4 * how.tokens * of.width + (0 if gathered else of_head)
+    of_head = ((how.stored + element) * learns + (element if how.narrow and how.stored == 4 else 0)) * of.head
+    return logits + how.stored * how.tokens * of.width + (0 if gathered else of_head)
 
 
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
@@ -387,7 +406,7 @@ PAPER = {
 def seconds(of: Shapes, how: Setup, speed: Speed, *, flops: float, trained: int = 0) -> float:
     """Seconds that the processes take for `flops` operations, in which they train a model on `trained` tokens.
 
-    The processes share the operations evenly. When they train, each sends (n - 1) / n of the following bytes to others. With DDP these are 8 N per
+    The processes share the operations evenly. When they train, each sends (n - 1) / n of the following bytes to others. With DDP these are 2 w N per
     training step, the gradients there and back. With FSDP these are, for each pass, the weights twice, in the precision of
     products, and the gradients once, 4 N. Sending is assumed not to overlap with computing. The bytes that scoring sends are left
     out.
@@ -400,5 +419,5 @@ def seconds(of: Shapes, how: Setup, speed: Speed, *, flops: float, trained: int 
         passes = steps * max(1, how.batch_tokens / n / how.tokens)
         sent = passes * (2 * (2 if how.narrow else 4) + 4) * of.params
     else:
-        sent = steps * 8 * how.trained(of)
+        sent = steps * 2 * how.learnt * how.trained(of)
     return flops / speed.flops / n + sent * share / wire

@@ -60,8 +60,9 @@ def setup_of(
     recipe, training, device = work.recipe, work.recipe.training, device or work.model.device
     taught = training.source is not None and training.needs_teacher
     return Setup(
-        device="cpu" if device.type == "cpu" else "cuda", narrow=uses_bfloat16(device, recipe.dtype), length=training.length,
-        micro_tokens=training.micro_batch_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
+        device="cpu" if device.type == "cpu" else "cuda", length=training.length,
+        narrow=training.weights == "bfloat16" or uses_bfloat16(device, recipe.dtype), stored=2 if training.weights == "bfloat16" else 4,
+        bits=training.moment_bits, in_backward=training.step_in_backward, micro_tokens=training.pass_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
         lora=0 if training.lora is None else training.lora.rank, teacher=(teacher or shapes(work.model)) if taught else None,
         processes=processes or world.size(), parallel=recipe.parallel,
     )  # fmt: skip
@@ -281,15 +282,16 @@ def check_run(work: Work, path: Path, checkpoints: Path) -> None:
     recipe, state, keep = work.recipe, work.state, kept(work.recipe)
     trains = work.data.feed is not None
     with_moments = trains and recipe.training.lora is None
+    beside = recipe.training.moment_bits / 16  # bytes of a parameter's moments, per byte of its float32 weight
     sizes, largest = [], _result_bytes(work)
     for stage in work.stages[state.stage - 1 :]:
         weights = _FLOAT * min(stage.params, work.num_params)
         if trains and not (state.pruned and stage.stage == state.stage):
             carried = with_moments and stage.stage > 1 and recipe.moments == "carry"
-            sizes.append(weights * (3 if carried else 1))
+            sizes.append(round(weights * (1 + beside * carried)))
         if stage.stage < recipe.stages:
-            sizes.append(weights * (3 if with_moments else 1))
-            largest = max(largest, 2 * weights if with_moments else weights)
+            sizes.append(round(weights * (1 + beside * with_moments)))
+            largest = max(largest, round(weights * max(1, beside * with_moments)))
     windows = [sizes[max(0, end - keep - 1) : end] for end in range(1, len(sizes) + 1)]
     most = max(sum(together) for together in ([*sizes[-keep:], _result_bytes(work)], *windows))
     there = sum(file.stat().st_size for file in files_in(checkpoints).values())

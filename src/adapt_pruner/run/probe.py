@@ -102,7 +102,7 @@ def _trained(work: Work, *, checkpointing: bool) -> float:
     """Tokens per second of a training step, or of one row if that is slow; the learning rate is 0, so no weight changes."""
     model, training, device = work.model, work.recipe.training, work.model.device
     ids = _random_rows(model, training.batch_rows, training.length).to(device)
-    optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0)
+    optimizer = make_optimizer(model, lr=0.0, weight_decay=0.0, bits=training.moment_bits, torchao=training.needs_torchao)
 
     def step(rows: Tensor) -> None:
         with precision(device, work.recipe.dtype):

@@ -380,6 +380,10 @@ def _check_machine(work: Work) -> None:
             f"a batch of {training.batch_tokens:,} tokens is {training.batch_rows} rows of {training.length}, which {world.size()} processes "
             f"cannot share evenly; set training.batch_tokens to a multiple of {training.length * world.size():,}"
         ))  # fmt: skip
+    if training.step_in_backward and world.size() > 1:
+        raise of_all(UsageError(
+            f"training.step_in_backward works in one process, and this run has {world.size()}; set training.step_in_backward=false"
+        ))  # fmt: skip
     if training.liger and families.is_sliced(model.config):
         raise UsageError("training.liger has no kernel for the norms of a sliced model; set training.liger=false")
     lacking = [layer for layer in model.config.per_layer_config if getattr(layer, "skip", ())]
@@ -387,9 +391,13 @@ def _check_machine(work: Work) -> None:
         raise UsageError("training.liger has no kernel for a layer without its attention or MLP; set training.liger=false")
     if training.liger and model.device.type != "cuda":
         raise UsageError("training.liger needs a CUDA device and this run has none; set training.liger=false")
-    for package, needed, extra in (("liger_kernel", training.liger, "liger"), ("peft", training.lora is not None, "lora")):
-        if needed and importlib.util.find_spec(package) is None:
-            raise UsageError(f"training.{extra} needs the package {package}; {to_install(extra)}")
+    for package, setting, extra in (
+        ("liger_kernel", "training.liger" if training.liger else None, "liger"),
+        ("peft", "training.lora" if training.lora is not None else None, "lora"),
+        ("torchao", training.needs_torchao, "torchao"),
+    ):
+        if setting is not None and importlib.util.find_spec(package) is None:
+            raise UsageError(f"{setting} needs the package {package}; {to_install(extra)}")
 
 
 def _calibration(work: Work, folder: Path | None, written: Written, *, begun: bool, write: bool) -> Callable[[int], list[Tensor]]:

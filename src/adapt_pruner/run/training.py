@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
@@ -31,7 +31,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import parts
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
-from adapt_pruner.train.kernels import kernels
+from adapt_pruner.train.kernels import kernels, stored_as
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
 from adapt_pruner.train.objectives import BesideNll, kl_to_goal, lm, named_loss
 from adapt_pruner.train.spread import full_state, load_moments, spread
@@ -85,7 +85,13 @@ class Trainer:
         self._saved, self._last_save = time.monotonic(), 0.0
         self._loss_is: dict[str, Any] = {}  # a field of the events of steps; none for the cross-entropy
         self._unsaved: tuple[str, int, dict[str, Any], int] | None = None  # see `note_trained`
-        if work.data.feed is not None and work.recipe.training.lora is None:
+        feed, training = work.data.feed, work.recipe.training
+        if feed is not None and training.step_in_backward and (feed.wants_losses or work.data.has_goals):
+            what = "answers that the dense model wrote" if work.data.has_goals else f"feed {training.feed!r}"
+            raise UsageError(
+                f"training.step_in_backward needs a batch in one pass, and {what} take several; set step_in_backward to false"
+            )
+        if feed is not None and training.lora is None:
             work.optimizer = self._new_optimizer()
             self._tensors = {}  # they would take as much memory again
         self._working: tuple[Any, Any] = (work.model, work.optimizer)
@@ -238,8 +244,9 @@ class Trainer:
         how = TrainConfig(
             objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
-            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.micro_batch_tokens, clip=training.clip,
-            max_rise=training.max_rise, dtype=work.recipe.dtype, seed=work.recipe.seed, task=work.task,
+            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.pass_tokens,
+            clip=math.inf if training.clip is None else training.clip, in_backward=training.step_in_backward,
+            max_rise=training.max_rise, dtype="bfloat16" if training.weights == "bfloat16" else work.recipe.dtype, seed=work.recipe.seed, task=work.task,
             seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
             expected=world.agreed(self._expected(self._seconds_left())) if in_time else math.inf,
             towards=towards if goals else None,
@@ -294,9 +301,12 @@ class Trainer:
         if self._save is not None and world.agreed(due):
             self.save(name)
 
-    def _new_optimizer(self) -> AdamW:
+    def _new_optimizer(self) -> Optimizer:
         training = self._work.recipe.training
-        optimizer = make_optimizer(self._work.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas)
+        optimizer = make_optimizer(
+            self._work.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, bits=training.moment_bits,
+            torchao=training.needs_torchao, compiled=training.compile,
+        )  # fmt: skip
         load_moments(self._work.model, optimizer, self._tensors)
         return optimizer
 
@@ -317,6 +327,8 @@ class Trainer:
             self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
             model: Any = work.model
+            if training.weights == "bfloat16":
+                stack.enter_context(stored_as(model, torch.bfloat16))
             if work.recipe.parallel == "fsdp":
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):

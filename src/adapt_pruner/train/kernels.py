@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core.model.precision import cast_weights
+
 
 @contextmanager
 def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: bool) -> Iterator[None]:
@@ -44,6 +46,16 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
         decoder._compiled_call_impl = None
         if gradient_checkpointing:
             model.gradient_checkpointing_disable()
+
+
+@contextmanager
+def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While the context lasts, the weights of `model` are held as `dtype`, and as float32 afterwards."""
+    cast_weights(model, dtype)
+    try:
+        yield
+    finally:
+        cast_weights(model, torch.float32)
 
 
 def _rms_norm(module: nn.Module) -> tuple[float, float] | None:

@@ -10,6 +10,7 @@
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from adapt_pruner.core.model.feed import Feed, Goal, Taken
+from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
-from adapt_pruner.errors import RunError, of_all
+from adapt_pruner.core.system.provenance import to_install
+from adapt_pruner.errors import RunError, UsageError, of_all
 from adapt_pruner.train.objectives import BesideNll
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16384}  # tokens in one forward and backward; a larger batch is accumulated
@@ -61,7 +64,9 @@ class TrainConfig:
         lr: peak learning rate.
         batch_rows: rows of one optimiser step, of all processes together; the last of a stage may have fewer.
         micro_tokens: tokens in one forward and backward of a process; by default 2,048 on a CPU, 16,384 on a GPU.
-        clip: largest global norm of the gradient of the model's parameters.
+        clip: largest global norm of the gradient of the model's parameters; infinite clips nothing.
+        in_backward: whether a parameter takes its step as soon as its gradient is there. Then no gradient is left when a step is
+            yielded, and the loss is guarded after it.
         max_rise: nats by which the smoothed loss may exceed its lowest in this stage.
         dtype: precision of matrix products (see `core.model.precision.precision`); weights and moments stay float32.
         seed: of dropout, where there is any.
@@ -79,6 +84,7 @@ class TrainConfig:
     batch_rows: int
     micro_tokens: int | None = None
     clip: float = 1.0
+    in_backward: bool = False
     max_rise: float = math.inf
     heard: BesideNll | None = None
     dtype: str = "auto"
@@ -126,16 +132,42 @@ class Step:
         self._then = do
 
 
-def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:
+def make_optimizer(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    bits: int = 32,
+    torchao: str | None = None,
+    compiled: bool = False,
+) -> Optimizer:
     """AdamW, by default as in the authors' scripts: eps 1e-8; decay on matrices only, frozen parameters left out.
 
-    `betas` are the shares of the past in the running means of the gradient and of its square.
+    Args:
+        model: its parameters are trained.
+        lr: learning rate.
+        weight_decay: of matrices.
+        betas: shares of the past in the running means of the gradient and of its square.
+        bits: of a moment: 32, 8 or 4.
+        torchao: the setting for which torchao's arithmetic is needed; None for torch's own AdamW.
+        compiled: whether torchao's arithmetic is compiled.
+
+    Raises:
+        UsageError: torchao is needed and not installed.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     others = [parameter for parameter in trained if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if torchao is None:
+        return AdamW(groups, lr=lr, betas=betas, fused=True)
+    try:
+        from adapt_pruner.train.lowbit import LowBitAdamW
+    except ImportError as error:
+        raise UsageError(f"{torchao} needs the package torchao; {to_install('torchao')}") from error
+    return LowBitAdamW(groups, lr=lr, betas=betas, bits=bits, compiled=compiled)
 
 
 def whole_batches(ends: Sequence[int], *, batch_rows: int) -> list[int]:
@@ -185,24 +217,30 @@ def steps(
         while progress.rows < until and not pace.is_up():
             reach = pace.reach(progress.tokens)
             rows = feed.take(min(how.batch_rows, until - progress.rows))
-            torch.manual_seed((how.seed * 1_000_003 + progress.steps) * 4099 + world.rank())
+            torch.manual_seed(_seed(how, progress, process=world.rank()))
             optimizer.zero_grad(set_to_none=True)
             batch = _Batch(rows, how, device=device, by_domain=feed.wants_losses)
+            assert len(batch.parts) == 1 or not how.in_backward
             of_model = {id(parameter) for parameter in model.parameters()}  # a cut between two steps may replace them
             held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             others = [parameter for parameter in held if id(parameter) not in of_model]
-            loss = _accumulate(model, batch, how, others, device=device)
-            norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
-            _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
             # The rate is taken in the middle of the step, so that no step of a run is at an end of the curve.
             tokens = progress.tokens + rows.num_tokens
             reach = max(tokens, reach)
             rate = how.lr * how.schedule(min(1.0, (progress.tokens + rows.num_tokens / 2) / min(feed.num_tokens, reach)))
+            with _stepping(model, optimizer, rate) if how.in_backward else nullcontext(None) as squares:
+                loss = _accumulate(model, batch, how, others, device=device)
+            if squares is None:
+                norm = _full(torch.nn.utils.clip_grad_norm_(model.parameters(), how.clip))
+            else:
+                norm = torch.tensor(math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan)
+            _guard(float(loss), float(norm), progress, max_rise=how.max_rise, lr=how.lr)
 
             def take(rows: Taken = rows, batch: _Batch = batch, rate: float = rate) -> None:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("scale", 1.0)
-                optimizer.step()
+                if not how.in_backward:
+                    torch.manual_seed(_seed(how, progress, process=-1))  # the same on all processes, which round weights alike
+                    _set_rate(optimizer, rate)
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 progress.tokens += rows.num_tokens
                 progress.steps, progress.rows = progress.steps + 1, progress.rows + len(rows)
@@ -217,6 +255,40 @@ def steps(
         optimizer.zero_grad(set_to_none=True)
         model.train(was_training)
         torch.set_rng_state(random_state)
+
+
+def _seed(how: TrainConfig, progress: TrainState, *, process: int) -> int:
+    return (how.seed * 1_000_003 + progress.steps) * 4099 + process % 4099
+
+
+def _set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        rate_of_group = rate * group.get("scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # torchao's, whose compiled code would be made anew for each number
+            group["lr"].fill_(rate_of_group)
+        else:
+            group["lr"] = rate_of_group
+
+
+@contextmanager
+def _stepping(model: nn.Module, optimizer: Optimizer, rate: float) -> Iterator[list[float]]:
+    """Within this context each parameter takes its step in the backward pass, and its gradient is freed.
+
+    Yields the squared norms of the gradients so far. A parameter whose gradient is not finite takes no step.
+    """
+    squares: list[float] = []
+
+    def step(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        squares.append(float(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)) ** 2)
+        if math.isfinite(squares[-1]):
+            optimizer.step()  # no other parameter has a gradient
+        parameter.grad = None
+
+    _set_rate(optimizer, rate)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with attached(parameter.register_post_accumulate_grad_hook(step) for parameter in trained):
+        yield squares
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.moments import is_quantised
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.system import world
+from adapt_pruner.errors import UsageError
 
 
 @contextmanager
-def spread(model: nn.Module, optimizer: AdamW, *, dtype: str) -> Iterator[tuple[nn.Module, AdamW]]:
+def spread(model: nn.Module, optimizer: Optimizer, *, dtype: str) -> Iterator[tuple[nn.Module, Optimizer]]:
     """Yield a sharded twin of `model` and its optimiser; afterwards `model` and `optimizer` hold the trained weights and moments.
 
     A single process gets `model` and `optimizer` themselves. While the twin is in use, `model`'s own parameters are empty, so
@@ -76,8 +78,10 @@ def shard(model: Any, *, dtype: str) -> None:
     register_fsdp_forward_method(model, "as_forward")
 
 
-def full_state(model: nn.Module, optimizer: AdamW | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def full_state(model: nn.Module, optimizer: Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Weights by name, and moments as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; whole, on the main process only.
+
+    A quantised moment is two tensors, `exp_avg.codes.NAME` and `exp_avg.scale.NAME`: quantised again, it would change.
 
     Every process must call it. What is not sharded is not copied.
     """
@@ -86,7 +90,7 @@ def full_state(model: nn.Module, optimizer: AdamW | None) -> tuple[dict[str, Ten
     for name, parameter in model.named_parameters():
         tensors = {name: parameter.detach()}
         for key, value in ({} if optimizer is None else optimizer.state.get(parameter, {})).items():
-            tensors[f"{key}.{name}"] = value
+            tensors |= {f"{of}.{name}": tensor for of, tensor in _tensors(key, value).items()}
         for key, value in tensors.items():
             gathered = _whole(value)
             if world.is_main():
@@ -94,15 +98,35 @@ def full_state(model: nn.Module, optimizer: AdamW | None) -> tuple[dict[str, Ten
     return weights, moments
 
 
-def load_moments(model: nn.Module, optimizer: AdamW, moments: Mapping[str, Tensor]) -> None:
-    """Put moments, as `full_state` names them, into the optimiser, in place."""
+def load_moments(model: nn.Module, optimizer: Any, moments: Mapping[str, Tensor]) -> None:
+    """Put moments, as `full_state` names them, into the optimiser, in place.
+
+    Raises:
+        UsageError: they are quantised, and not as the optimiser has them.
+    """
     for name, parameter in model.named_parameters():
-        state = {key: moments[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq", "step") if f"{key}.{name}" in moments}
-        if state:
-            optimizer.state[parameter] = {
-                key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-                for key, value in state.items()
-            }
+        if f"step.{name}" not in moments:
+            continue
+        state = optimizer.state[parameter]
+        state["step"] = moments[f"step.{name}"].to(parameter.device)
+        for key, signed in (("exp_avg", True), ("exp_avg_sq", False)):
+            if hasattr(optimizer, "_new_buffer"):
+                state[key] = optimizer._new_buffer(parameter, signed)
+            else:
+                state[key] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+            held = _tensors(key, state[key]) if f"{key}.{name}" not in moments else {key: state[key]}
+            for of, tensor in held.items():
+                stored = moments.get(f"{of}.{name}")
+                if stored is None or stored.shape != tensor.shape:
+                    raise UsageError(
+                        f"the checkpoint's moments of {name} have another number of bits than this run's training.optimizer; set it as "
+                        "it was, or start in another folder"
+                    )
+                tensor.copy_(stored)
+
+
+def _tensors(key: str, value: Any) -> dict[str, Tensor]:
+    return {f"{key}.codes": value.codes, f"{key}.scale": value.scale} if is_quantised(value) else {key: value}
 
 
 def _distributed(value: Any, like: Any) -> Any:

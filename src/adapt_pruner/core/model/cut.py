@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adapt_pruner.core.model import moments
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.core.model.hooks import Removable, attached
@@ -24,7 +25,6 @@ from adapt_pruner.core.model.routed import routed
 
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """Fields of a generation config that name tokens which a cut may remove all the same."""
-_POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
 
 def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
@@ -191,14 +191,16 @@ def cut(
         model: changed in place; may lie on the meta device.
         axes: all axes of the model, because sizes of untouched axes are written to the config too.
         mask: for the model as it is now. Names inside layers count the layers before the cut.
-        optimizer: any torch optimiser over the model's parameters.
+        optimizer: over the model's parameters; any whose state `core.model.moments.check_state` understands.
         tensors_too: parameter -> a tensor of its shape, such as a mask over its weights. Changed in place: it gets the new parameters
             as keys and tensors cut in the same way. Entries of parameters that are removed whole mean nothing afterwards.
 
     Raises:
         ValueError: the mask does not fit the axes (`Mask.check`) or keeps more in one group of an axis than in another, or the
-            slices of the axes do not fit a parameter or leave out a part of it. Nothing is changed.
+            slices of the axes do not fit a parameter or leave out a part of it, or the optimiser's state is of an unknown kind. Nothing is changed.
     """
+    if optimizer is not None:
+        moments.check_state(optimizer)
     shrinking = _checked(axes, mask)
     _check_slices(model, axes)
     sizes = {axis.name: _size(axis, mask) for axis in axes}
@@ -219,7 +221,7 @@ def cut(
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:
-            _follow(optimizer, old, new, index)
+            moments.follow(optimizer, old, new, partial(_at, index=index))
         if tensors_too is not None and old in tensors_too:
             tensors_too[new] = _at(tensors_too.pop(old), index)
     for axis in axes:
@@ -242,7 +244,7 @@ def cut(
             fields = {field: entries * units for field, units in axis.fields}
             setattr(model.get_submodule(name), "config", _OwnConfig(model.config, **fields))  # noqa: B010 (its type is not a module's)
     if optimizer is not None:
-        _forget(optimizer, _gone(model, axes, mask))
+        moments.forget(optimizer, _gone(model, axes, mask))
     for axis in shrinking.values():
         if axis.modules:
             _drop_block(model, axis)
@@ -350,18 +352,6 @@ def _renumbered(old: Any, new: Mapping[int, int]) -> Any:
     return [new[i] for i in old if i in new] or None
 
 
-def _follow(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, index: Mapping[int, Tensor]) -> None:
-    """Point the optimiser, in place, from `old` to `new`, and slice its state in the same way."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is not None:
-        optimizer.state[new] = {
-            key: _at(value, index) if isinstance(value, Tensor) and value.shape == old.shape else value
-            for key, value in state.items()
-        }
-
-
 @torch.no_grad()
 def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, optimizer: Optimizer | None = None) -> None:
     """Multiply, in place, a parameter, module attribute or config field. Moments of the gradient g, now g / factor, follow.
@@ -383,17 +373,8 @@ def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, op
     wide = value.data.to(torch.promote_types(value.dtype, torch.float32))
     value.data = ((wide + offset) * factor - offset).to(value.dtype)
     value.grad = None
-    for key, moment in (optimizer.state.get(value, {}) if optimizer is not None else {}).items():
-        if key in _POWERS:
-            moment.mul_(factor ** -_POWERS[key])
-
-
-def _forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:
-    """Drop, in place, the parameters in `gone` from the optimiser."""
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
+    if optimizer is not None:
+        moments.multiply(optimizer, value, factor)
 
 
 def _drop_block(model: nn.Module, axis: Axis) -> None:
