@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapt_pruner import families
@@ -21,7 +22,7 @@ from adapt_pruner.report.with_card import run
 from adapt_pruner.train.adapters import adapted, base_name
 from adapt_pruner.train.loop import TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
-from conftest import LAYOUTS, break_off, log_of, tiny_model, train
+from conftest import LAYOUTS, assert_same_model, break_off, log_of, tiny_model, train
 
 pytest.importorskip("peft", reason="peft, which makes the additions, is not installed: pip install '.[lora]'")
 
@@ -154,6 +155,40 @@ def test_it_can_be_cut_and_adapted_again(layout: tuple[str, str]) -> None:
         assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_base_in_bfloat16_stays_so_and_is_merged_in_float32_and_rounded_at_random() -> None:
+    """Each weight becomes one of the two numbers beside the sum, and the additions, which most weights would lose, are there on average."""
+    model = tiny_model().to(torch.bfloat16)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with adapted(model, **LORA):
+        kinds = {base_name(name) is None: parameter.dtype for name, parameter in model.named_parameters()}
+        assert kinds == {True: torch.float32, False: torch.bfloat16}
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=2e-4)
+        learn(model, 4)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.mul_(0.02)
+        pieces = additions(model)
+    moved, left, lost = [], 0, 0
+    for name, after in model.state_dict().items():
+        a, b = (pieces.get(name.replace(".weight", f".lora_{factor}.default.weight")) for factor in "AB")
+        assert after.dtype == torch.bfloat16
+        if a is None or b is None:
+            assert torch.equal(after, weights[name]), name
+            continue
+        whole = weights[name].float() + 8.0 / 4 * b @ a
+        spacing = whole.abs() * 2**-7
+        assert bool(((after.float() - whole).abs() <= spacing).all()), "one of the neighbours"
+        moved.append(torch.stack([after.float() - weights[name].float(), whole - weights[name].float()]).flatten(1))
+        left += int((whole != weights[name].float()).sum())
+        lost += int((whole.bfloat16() == weights[name]).sum())
+    assert lost > 0.5 * left, "rounded to the nearest, most would stay as they were"
+    change, wanted = torch.cat(moved, dim=1)
+    assert float(change @ wanted / wanted.square().sum()) == pytest.approx(1, abs=0.15), "right on average"
+
+
 def test_a_merged_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -189,6 +224,36 @@ def test_without_peft_one_sentence_says_what_to_install(monkeypatch: pytest.Monk
         adapted(tiny_model(), **LORA),
     ):
         raise AssertionError("not reached")
+
+
+def test_a_run_on_a_base_in_bfloat16_that_was_broken_off_ends_as_if_it_had_not_been(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the second stage, after a merge that was rounded at random; torchao is not needed."""
+    monkeypatch.setitem(sys.modules, "adapt_pruner.train.lowbit", None)
+    training = {
+        "source": str(text_file),
+        "tokens": 512,
+        "batch_tokens": 128,
+        "length": 32,
+        "lora": {"rank": 2},
+        "weights": "bfloat16",
+    }
+    asked = {
+        "model": str(tiny_folder),
+        "budget": "80%",
+        "method": "magnitude-all",
+        "stages": 2,
+        "training": {**training, "lr": 1e-2},
+    }
+    recipe = read({**asked, "checkpoint_minutes": 0, "keep_checkpoints": 9})
+    run(recipe, tmp_path / "whole")
+    break_off(recipe, tmp_path / "run", kind="step", nth=3)
+    run(recipe, tmp_path / "run")
+    assert log_of(tmp_path / "run", "resumed")
+    assert_same_model(tmp_path / "whole", tmp_path / "run")
+    merged = load_file(tmp_path / "run" / "checkpoints" / "stage-1" / "model.safetensors")
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in merged.values())
 
 
 def test_a_checkpoint_whose_additions_are_not_merged_is_no_model(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

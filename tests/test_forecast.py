@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import json
 import re
 import sys
 from dataclasses import replace
@@ -116,6 +117,15 @@ def test_a_term_that_a_formula_forgot_would_show() -> None:
                 shown.add((formula, term))
     assert terms == shown
     assert len(terms) >= 8 + 7 + 5, "none is zero in all cases but the moments of a pruning"
+
+
+def test_8b_with_lora_on_a_stored_base_trains_on_a_card_of_24_gb() -> None:
+    of = of_config(json.loads((CONFIGS / "llama-3.1-8b" / "config.json").read_text()))
+    how = Setup("cuda", True, 2048, 2048, 16_384, checkpointing=True, lora=64, stored=2)
+    parts = training_memory(of, how)
+    assert parts["weights"] == 2 * of.params + 4 * how.trained(of)
+    assert 17 <= process_bytes(parts, "cuda") / 2**30 <= 22
+    assert process_bytes(training_memory(of, replace(how, stored=4)), "cuda") > 32e9, "a base in float32 does not"
 
 
 def test_a_process_holds_more_than_its_tensors() -> None:

@@ -60,7 +60,7 @@ def check_fitting(recipe: "Recipe") -> None:
         raise ValueError(
             "training.weights 'bfloat16' are multiplied in bfloat16, and dtype is 'float32'; set dtype to auto or training.weights to float32"
         )
-    spread = [training.needs_torchao, "training.step_in_backward" if training.step_in_backward else None]
+    spread = [training.in_fewer_bits, "training.step_in_backward" if training.step_in_backward else None]
     if recipe.parallel == "fsdp" and (unfit := next(filter(None, spread), None)):
         raise ValueError(f"{unfit} does not work with parallel 'fsdp'; set parallel to ddp, or take float32 weights and adamw")
     shards = training.shards

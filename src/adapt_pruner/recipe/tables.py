@@ -183,13 +183,18 @@ class Training(Frozen):
         return {"adamw": 32, "adamw8bit": 8, "adamw4bit": 4}[self.optimizer]
 
     @property
-    def needs_torchao(self) -> str | None:
-        """The setting that needs torchao; None if none does."""
+    def in_fewer_bits(self) -> str | None:
+        """The setting that holds moments or weights in fewer than 32 bits; None if none does."""
         settings = {
             f"optimizer {self.optimizer}": self.optimizer != "adamw",
             f"weights {self.weights}": self.weights != "float32",
         }
         return next((f"training.{setting}" for setting, given in settings.items() if given), None)
+
+    @property
+    def needs_torchao(self) -> str | None:
+        """The setting that needs torchao; None if none does. The additions of LoRA are float32, whatever the weights are."""
+        return None if self.lora is not None and self.optimizer == "adamw" else self.in_fewer_bits
 
     @model_validator(mode="after")
     def _together(self) -> "Training":

@@ -316,6 +316,8 @@ class Trainer:
         work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
+            if training.weights == "bfloat16":
+                stack.enter_context(stored_as(work.model, torch.bfloat16))
             if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
                 stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
@@ -327,8 +329,6 @@ class Trainer:
             self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
             model: Any = work.model
-            if training.weights == "bfloat16":
-                stack.enter_context(stored_as(model, torch.bfloat16))
             if work.recipe.parallel == "fsdp":
                 model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
