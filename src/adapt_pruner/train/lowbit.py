@@ -1,6 +1,7 @@
 """AdamW with moments of 32, 8 or 4 bits, for weights in float32 or bfloat16, with the formats and the arithmetic of torchao."""
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ class LowBitAdamW(_AdamBase):  # type: ignore[misc]
 
     Differs from torchao's classes: they update a tensor at once, by code compiled for its shape. After a cut every layer may have
     shapes of its own, and each takes seconds to compile. Here a tensor is updated in pieces of 2^20 numbers, so that little memory
-    is needed beside it. With `compiled` one piece of code serves all whole pieces; the rest of a tensor is never compiled. Moments
+    is needed beside it. With `compiled` the same code serves all whole pieces; the rest of a tensor is never compiled. Moments
     that are not quantised are float32, also of weights in bfloat16, in which a running mean of squares would stand still.
 
     Source: arXiv:2110.02861 (8 bits, dynamic exponents), arXiv:2309.01507 (4 bits).
@@ -36,6 +37,7 @@ class LowBitAdamW(_AdamBase):  # type: ignore[misc]
         self._format: Any
         self._format, block = _FORMATS.get(bits, (None, math.inf))
         super().__init__(groups, lr, betas, 1e-8, 0.0, False, block_size=block, bf16_stochastic_round=True, is_adamw=True)
+        warnings.filterwarnings("ignore", message=".*_stable_hash_for_caching")  # of torch's compiler, to the authors of torchao
         self._of_piece = torch.compile(single_param_adam, fullgraph=True, dynamic=False) if compiled else single_param_adam
 
     def _new_buffer(self, p: Tensor, signed: bool) -> Tensor:
