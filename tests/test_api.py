@@ -375,7 +375,7 @@ def test_code_of_a_model_runs_only_if_it_may(tiny_folder: Path, text_file: Path,
         seen.append(trust_remote_code)
         raise UsageError(f"pass {option('trust_remote_code', True)} if you trust it")
 
-    for home in ("run.start", "compare.models", "export.verify", "report.with_card", "checkpoint.load"):
+    for home in ("run.start", "checkpoint.load"):
         monkeypatch.setattr(importlib.import_module(f"adapt_pruner.{home}"), "load", loading)
     calls: list[Callable[..., Any]] = [
         lambda **how: ap.prune(tiny_folder, params="80%", **how),

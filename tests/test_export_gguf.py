@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapt_pruner as ap
@@ -20,6 +19,7 @@ from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.shelf import InFile, is_shelved
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, gguf, gguf_tokenizer, verify
 from adapt_pruner.export.engines import torch_engine
@@ -130,39 +130,34 @@ def in_shards(folder: Path, model: Any, dtype: torch.dtype = torch.bfloat16) -> 
 
 
 class Watched:
-    """`safe_open`, and how many of the weights that it gave are there at a time."""
+    """How many of the weights that were read from files are there at a time."""
 
     there = most = 0
 
-    def __init__(self, path: Path, framework: str) -> None:
-        self.file = safe_open(path, framework=framework)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.file.__exit__(*raised)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = self.file.get_tensor(name)
-        weakref.finalize(weight, self.gone)
-        Watched.there += 1
-        Watched.most = max(Watched.most, Watched.there)
+    @classmethod
+    def read(cls, place: InFile) -> torch.Tensor:
+        weight = READ(place)
+        weakref.finalize(weight, cls.gone)
+        cls.there += 1
+        cls.most = max(cls.most, cls.there)
         return weight
 
-    @staticmethod
-    def gone() -> None:
-        Watched.there -= 1
+    @classmethod
+    def gone(cls) -> None:
+        cls.there -= 1
+
+
+READ = InFile.read
 
 
 @pytest.mark.parametrize("layout", [("llama", "qwen3"), ("gemma3", "gemma3")], ids=lambda layout: layout[1])
 def test_weights_go_into_the_file_one_by_one(layout: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the weights that are read from the files, few are there at a time; the bytes are those of a model in memory."""
     folder = in_shards(tmp_path / "model", unequal(layout, **({"query_pre_attn_scalar": 16} if layout[0] == "gemma3" else {})))
-    monkeypatch.setattr(stored, "safe_open", Watched)
+    monkeypatch.setattr(InFile, "read", lambda place: Watched.read(place))
     for quant in (None, "q8_0"):
         export(load(str(folder)), tmp_path / f"memory-{quant}.gguf", to="gguf", quant=quant)
-        Watched.most = 0
+        Watched.there = Watched.most = 0
         with_card.export(str(folder), tmp_path / f"{quant}.gguf", to="gguf", quant=quant)
         assert 1 <= Watched.most <= 4, (
             "queries, keys and values of openelm are one matrix; the next is read while the last is there"
@@ -229,7 +224,7 @@ def test_weights_that_do_not_lie_there_as_the_model_has_them_are_loaded(how: str
     model = tiny_model(vocab_size=VOCAB, tie_word_embeddings=True)
     save(model, bpe(), folder, dtype=torch.float32)
     name = str(folder)
-    assert stored.load_unread(name).model.device.type == "meta"
+    assert is_shelved(stored.load_unread(name).model)
     weights = load_file(folder / "model.safetensors")
     if how == "other names":
         weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
@@ -240,23 +235,29 @@ def test_weights_that_do_not_lie_there_as_the_model_has_them_are_loaded(how: str
         weights["lm_head.weight"] = torch.ones_like(weights["model.embed_tokens.weight"])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     unread, whole = stored.load_unread(name), load(name)
-    assert unread.model.device.type == "cpu"
-    assert all(torch.equal(weight, whole.model.state_dict()[key]) for key, weight in unread.model.state_dict().items())
+    assert is_shelved(unread.model) == (how == "GGUF"), "of a GGUF file the cache keeps a folder"
+    names, read = stored.weights_of(unread)
+    assert names.keys() == whole.model.state_dict().keys()
+    assert all(torch.equal(read(key), weight) for key, weight in whole.model.state_dict().items())
 
 
 def test_a_shard_that_goes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed")
     folder = in_shards(tmp_path / "model", unequal())
+    with_card.export(str(folder), tmp_path / "before.gguf", to="gguf")
     add_keys = gguf._add_keys
 
-    def while_it_is_gone(*given: Any) -> None:
+    def while_it_changes(*given: Any) -> None:
         add_keys(*given)
-        (folder / "model-1.safetensors").unlink()
+        with (folder / "model-1.safetensors").open("ab") as file:
+            file.write(b"more")
+        for shard in folder.glob("*.safetensors"):
+            shard.unlink()
 
-    monkeypatch.setattr(gguf, "_add_keys", while_it_is_gone)
-    with pytest.raises(RunError, match=r"model-1.safetensors cannot be read any more .*; get the file again"):
+    monkeypatch.setattr(gguf, "_add_keys", while_it_changes)
+    with pytest.raises(RunError, match=r"model-1.safetensors changed while it was read"):
         with_card.export(str(folder), tmp_path / "x.gguf", to="gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["before.Modelfile", "before.gguf", "model"]
 
 
 # GGUF, run in llama.cpp

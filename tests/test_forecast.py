@@ -84,7 +84,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calibration text is read 64 tokens at a time, as many as the models are small."""
     monkeypatch.setattr(windows, "MICRO_TOKENS", 64)
     if TORCHAO:
-        monkeypatch.setattr("adapt_pruner.train.lowbit.PIECE", 2**13)  # numbers that are updated at a time
+        monkeypatch.setattr(
+            importlib.import_module("adapt_pruner.train.lowbit"), "PIECE", 2**13
+        )  # numbers that are updated at a time
 
 
 @cache

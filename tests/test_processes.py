@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapt_pruner.core.model import cut as surgery
+from adapt_pruner.core.model import moments
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError, UsageError, is_of_all
 from adapt_pruner.recipe import Recipe, read
@@ -341,13 +341,13 @@ def test_a_fault_in_the_moments_would_show(ground: Ground, monkeypatch: pytest.M
     """Moments of other units than those that stay, or none, give other losses than a run is compared by."""
     whole = [step["loss"] for step in log(ground.one, "step") if step["stage"] == 2]
 
-    def amiss(optimizer: Any, old: Any, new: Any, index: Mapping[int, Tensor]) -> None:
-        follow(optimizer, old, new, {dim: stays.roll(1) for dim, stays in index.items()})
+    def amiss(optimizer: Any, old: Any, new: Any, take: Callable[[Tensor], Tensor]) -> None:
+        follow(optimizer, old, new, lambda moment: take(moment.roll((1,) * moment.dim(), dims=tuple(range(moment.dim())))))
 
-    follow = surgery._follow
+    follow = moments.follow
     for name, change in (("none", {"moments": "reset"}), ("amiss", {})):
         if name == "amiss":
-            monkeypatch.setattr(surgery, "_follow", amiss)
+            monkeypatch.setattr(moments, "follow", amiss)
         run(read(ground.recipe.model_dump() | change), ground.base / f"moments-{name}")
         losses = [step["loss"] for step in log(ground.base / f"moments-{name}", "step") if step["stage"] == 2]
         assert losses[0] == pytest.approx(whole[0], rel=CLOSE), "of the cut model, before a step"

@@ -111,7 +111,7 @@ def _named(pattern: str) -> Callable[..., bool]:
 POINTS: dict[str, Callable[[int], None]] = {
     "before the recipe is written": lambda n: _last(os, "rename", n, of=_named(r"recipe\.yaml")),
     "while scoring": lambda n: _last(CausalLM, "loss", n),
-    "within a cut": lambda n: _last(surgery, "_at", n),
+    "within a cut": lambda n: _last(surgery, "select", n),
     "between two cuts": lambda n: _last(Trainer, "save_if_due", n, of=lambda _, name: "-cut-" in name, done=True),
     "between the cuts and their checkpoint": lambda n: _last(Trainer, "begin_stage", n),
     "with half of the weights written": lambda n: _last(

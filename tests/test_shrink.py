@@ -21,6 +21,7 @@ from rich.console import Console
 from adapt_pruner.checkpoint.load import load_shapes
 from adapt_pruner.core.events.words import span
 from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.system import memory
 from adapt_pruner.data.fixed import training_rows
 from adapt_pruner.data.sources import documents
 from adapt_pruner.data.split import split_off_heldout
@@ -348,7 +349,7 @@ def test_somebody_else_s_folder_is_refused_before_the_probe(
 def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "usable_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 10**6)
     monkeypatch.setattr(start, "load", lambda *_, **__: pytest.fail("it was loaded"))
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
     assert (status, lines.count("\n")) == (2, 2), "after: reading text"
@@ -364,8 +365,8 @@ def test_the_command_that_fits_is_named_and_fits(
     """One memory check for shrink, prune and run: what is recommended is not refused."""
     model, cpu = load_shapes(str(tiny_folder)), torch.device("cpu")
     recipe = read({"model": str(tiny_folder), "budget": "70%"})
-    _, (words, least) = plan.ways_to_prune(model, recipe, plan.setup_of(Work.of(model, recipe), device=cpu))
-    monkeypatch.setattr(plan, "usable_bytes", lambda: least)
+    *_, (words, least) = plan.ways_to_prune(model, recipe, plan.setup_of(Work.of(model, recipe), device=cpu))
+    monkeypatch.setattr(memory, "usable_bytes", lambda: least)
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small"))
     assert status == 2
     assert f"this fits here, in {least / 2**30:.1f} GiB: {words}" in lines
@@ -393,7 +394,7 @@ def test_settings_that_make_a_training_fit_are_named(
     work, here = start.on_paper(recipe.model_copy(update={"dtype": "float32"}), here=True)
     plain, again = plan.most_bytes(work, here), plan.most_bytes(work, replace(here, checkpointing=True))
     assert again < plain
-    monkeypatch.setattr(plan, "usable_bytes", lambda: again)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: again)
     status, _, lines = ask("run", tmp_path / "recipe.yaml", "-o", tmp_path / "run", "--set", "dtype=float32")
     assert status == 2
     assert "GiB: --set training.gradient_checkpointing=true" in lines
@@ -412,10 +413,10 @@ def test_memory_is_that_of_training_the_pruned_model(
     }
     needed = [plan.most_bytes(*start.on_paper(read(keys | {"budget": share}), here=True)) for share in ("70%", "100%")]
     assert needed[0] < needed[1]
-    monkeypatch.setattr(plan, "usable_bytes", lambda: needed[0])
+    monkeypatch.setattr(memory, "usable_bytes", lambda: needed[0])
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
     assert status == 0, lines
-    monkeypatch.setattr(plan, "usable_bytes", lambda: needed[0] - 10**5)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: needed[0] - 10**5)
     status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
     assert (status, "GiB of memory to train" in lines) == (2, True)
 
@@ -425,7 +426,7 @@ def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
 ) -> None:
     for module in (plan, probe, shrinking):
         monkeypatch.setattr(module, "most_bytes", lambda _, how: 10**9 if how.checkpointing else 3 * 10**9)
-    monkeypatch.setattr(plan, "usable_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 2 * 10**9)
     again, kernels = list[bool](), probe.kernels
     monkeypatch.setattr(
         probe, "kernels", lambda model, **how: again.append(how["gradient_checkpointing"]) or kernels(model, **how)

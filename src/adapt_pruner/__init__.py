@@ -10,6 +10,7 @@ The names below are imported at first use, so `import adapt_pruner` loads neithe
 """
 
 import importlib
+import logging
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from adapt_pruner.reduce.repair.closed_form import least_squares
     from adapt_pruner.score.calibrate import score
     from adapt_pruner.train.given import train
+
+for _name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels that nothing here uses
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 _HOMES = {
     "Axis": "core.model.axes",

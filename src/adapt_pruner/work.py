@@ -91,11 +91,13 @@ class Reduction:
 
     Attributes:
         fills_zeros: whether it changes or replaces weights, so that the zeros of a sparse model would be lost.
+        goes_by_layer: whether all its passes go through one layer after the other, so that the weights of one at a time are enough.
         changes_hidden_states: whether it narrows the residual stream or removes layers beside what the recipe's axes name, so that
             hidden states cannot be compared with the dense model's.
     """
 
     fills_zeros: ClassVar[bool] = False
+    goes_by_layer: ClassVar[bool] = False
     changes_hidden_states: bool = False
 
     def check(self, work: "Work") -> None:

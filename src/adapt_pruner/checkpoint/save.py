@@ -26,11 +26,13 @@ from transformers import GenerationConfig
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.compatible_names import stock_name, write_compatible_names
+from adapt_pruner.checkpoint.shards import tensors_of, write_shards
 from adapt_pruner.checkpoint.weight_mask_file import write_weight_mask
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.shelf import is_shelved
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
@@ -171,6 +173,7 @@ def save(
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
     weight_mask: WeightMask | None = None,
+    changed: bool = False,
     write_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
@@ -184,17 +187,26 @@ def save(
         dtype: precision of the saved weights.
         weights: by name, if they are not in the model (because it is sharded or has adapters).
         weight_mask: which single weights stay, if others are zero.
+        changed: of a model on a shelf, write only what is not as in its own files.
         write_more: called at the end to write more files into the folder.
 
     Raises:
         RunError: a weight is not finite, or the folder could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype, as_it_says=weights is not None)
-    state: dict[str, torch.Tensor] = model.state_dict() if weights is None else dict(weights)
-    check_finite(Path(path), state, dtype=dtype)
+    shelved = weights is None and is_shelved(model)
+    state: dict[str, torch.Tensor] = tensors_of(model, changed=changed) if shelved else dict(weights or model.state_dict())
+    if not shelved:
+        check_finite(Path(path), state, dtype=dtype)
     check_fits(Path(path), state, dtype=dtype)
     with whole_or_nothing(Path(path)) as folder:
-        _save_weights(model, folder, dtype, state, as_named=bool(_built_by(config)[1]))
+        if shelved:
+            write_shards(
+                state, folder, dtype=dtype, check=lambda name, tensor: check_finite(Path(path), {name: tensor}, dtype=dtype)
+            )
+            write_generation_config(model, folder)
+        else:
+            _save_weights(model, folder, dtype, state, as_named=bool(_built_by(config)[1]))
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_compatible_names(folder)

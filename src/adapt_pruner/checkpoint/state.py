@@ -1,5 +1,7 @@
 """A checkpoint in the middle of a run: a float32 model folder from `checkpoint.save`, and everything that decides the next step.
 
+Of a model on a shelf (`core.model.shelf`) the folder has only the weights that are not as in the model's own files.
+
 optimizer.safetensors   AdamW's moments, `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`; only if there are any. Moments of 8 or 4 bits
                         are `exp_avg.codes.NAME` and `exp_avg.scale.NAME`
 lora.safetensors        the LoRA adapters in training; only if there are any, and then `load` refuses the folder
@@ -16,9 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
+from adapt_pruner.checkpoint.shards import tensors_of
+from adapt_pruner.checkpoint.shelved import Offload, Shelving, lay_over
 from adapt_pruner.core.model.axes import Mask
+from adapt_pruner.core.model.cut import cut
+from adapt_pruner.core.model.shelf import is_shelved
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded, files_in
@@ -57,7 +64,8 @@ def save_state(
     base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
     additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
 
-    check_fits(path, base, moments, additions, dtype=torch.float32)
+    shelved = is_shelved(loaded.model)
+    check_fits(path, tensors_of(loaded.model, changed=True) if shelved else base, moments, additions, dtype=torch.float32)
 
     def write_more(folder: Path) -> None:
         for name, tensors in ((filenames.MOMENTS, moments), (filenames.ADAPTERS, additions)):
@@ -69,7 +77,8 @@ def save_state(
 
     save(
         loaded.model, loaded.tokenizer, path,
-        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, weight_mask=weight_mask, write_more=write_more,
+        mask=mask, pruning=pruning, dtype=torch.float32, weights=None if shelved else base, weight_mask=weight_mask, changed=shelved,
+        write_more=write_more,
     )  # fmt: skip
 
 
@@ -102,15 +111,26 @@ def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
     return state
 
 
-def load_state(path: Path, state: Mapping[str, Any], *, device: torch.device) -> tuple[Loaded, dict[str, Tensor]]:
+def load_state(
+    path: Path, state: Mapping[str, Any], *, device: torch.device, offload: str = "auto", trust_remote_code: bool = False
+) -> tuple[Loaded, dict[str, Tensor]]:
     """The model of a checkpoint that `read_state` has checked, and its moments and additions by name.
 
     Args:
         path: the checkpoint.
         state: what `read_state` returned; its `start` describes the model at the start of the run (see `start_of`).
         device: for the model; moments and additions lie on the CPU.
+        offload: where weights of a model on a shelf lie from now on, as a recipe names it; otherwise where they lay.
+        trust_remote_code: run Python code that comes with the model of the run.
     """
-    loaded = load(str(path), device=device, unmerged=True)
+    place: Offload = state["start"].get("offload", "none")
+    if place == "none":
+        loaded = load(str(path), device=device, unmerged=True)
+    else:
+        shelving = Shelving.at("cpu" if offload == "cpu" else "disk" if offload == "disk" else place, path.parent.parent)
+        loaded = load(state["model"], device=device, trust_remote_code=trust_remote_code, shelving=shelving)
+        cut(loaded.model, families.axes(loaded.model), Mask.from_json(state["mask"]))
+        lay_over(loaded.model, path)
     extras: dict[str, Tensor] = {}
     for name in (filenames.MOMENTS, filenames.ADAPTERS):
         file = path / name
@@ -136,6 +156,7 @@ def start_of(loaded: Loaded) -> dict[str, Any]:
         "dense_params": loaded.dense_params,
         "source": loaded.source,
         "weight_bytes": loaded.weight_bytes,
+        "offload": loaded.offload,
     }
 
 

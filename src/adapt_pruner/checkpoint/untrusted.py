@@ -23,8 +23,7 @@ _SHARD = re.compile(r"[^./\\\0][^/\\\0]*\.safetensors")
 
 _HARMLESS = {"attn": (None, "eager", "sdpa", "flex_attention"), "experts": (None, "eager", "batched_mm", "grouped_mm")}
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
-NUMBERS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""Number formats of weights: safetensors' name -> torch's."""
+FORMATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
 _CODE = ("auto_map", "custom_generate", "custom_pipelines", "distributed_config", "kernel_config", "use_kernels")
 
 
@@ -126,9 +125,9 @@ def stored_dtype(folder: str, named: Any) -> str | None:
     numbers: Counter[str] = Counter()
     try:
         for path in weight_files(folder, named)[:1]:
-            for _, kind, shape in tensors_in(path):
-                if kind in NUMBERS:
-                    numbers[NUMBERS[kind]] += math.prod(shape)
+            for _, kind, shape in _tensors(path):
+                if kind in FORMATS:
+                    numbers[FORMATS[kind]] += math.prod(shape)
     except (SafetensorError, OSError, ValueError):
         return None
     return max(numbers, key=numbers.__getitem__, default=None)
@@ -148,7 +147,7 @@ def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
     """
     parameters = {key for full, _ in model.named_parameters() for key in (full, full.removeprefix(f"{model.base_model_prefix}."))}
     for path in weight_files(folder, named):
-        for key, kind, _ in tensors_in(path):
+        for key, kind, _ in _tensors(path):
             if kind.startswith(("I", "U", "BOOL")) and key in parameters:
                 raise UsageError(
                     f"the weights of {name} are no plain numbers: {key} is stored as {kind}, and its config.json has no "
@@ -156,7 +155,7 @@ def check_plain(model: Any, folder: str, named: Any, name: str) -> None:
                 )
 
 
-def tensors_in(path: Path) -> Iterator[tuple[str, str, list[int]]]:
+def _tensors(path: Path) -> Iterator[tuple[str, str, list[int]]]:
     """Name, format and shape of each tensor in a file, of which only the header is read."""
     with safe_open(path, framework="np") as file:
         for name in file.keys():  # noqa: SIM118 (it is no mapping)
@@ -165,7 +164,7 @@ def tensors_in(path: Path) -> Iterator[tuple[str, str, list[int]]]:
 
 
 def weight_files(folder: str, named: Any) -> list[Path]:
-    """The file of the weights, or those that their index names; empty if there is none. The arguments are those of `stored_dtype`."""
+    """The file of the weights, or those that their index names; empty if there is none."""
     for name in (filenames.WEIGHTS, filenames.WEIGHTS_INDEX) if named is None else (str(named),):
         if (path := found(folder, name)) is not None:
             shards = [found(folder, shard) for shard in sorted(shards_in(path))] if name.endswith(".json") else [path]

@@ -5,7 +5,6 @@ Results go to stdout, everything else goes to stderr.
 
 import _thread
 import io
-import logging
 import os
 import re
 import signal
@@ -111,8 +110,6 @@ def main() -> None:
     """Run the command line. Every error becomes one sentence and an exit status: 2 for wrong usage, 1 for failed work."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels that nothing here uses
-        logging.getLogger(name).setLevel(logging.ERROR)
     _interrupts.clear()  # those of an earlier call in the same process
     for sent in (signal.SIGINT, signal.SIGTERM):  # a cluster sends SIGTERM before it takes the machine away
         signal.signal(sent, _interrupt)

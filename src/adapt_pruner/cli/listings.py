@@ -27,11 +27,11 @@ def inspect(
 
         adapt-pruner inspect smollm2-135m-instruct --json
     """
-    from adapt_pruner.checkpoint.load import load
+    from adapt_pruner.checkpoint.load import load_that_fits
     from adapt_pruner.core.model.weight_mask import has_zeros
     from adapt_pruner.evaluate.anatomy import anatomy, expert_use
 
-    loaded = load(model, dtype=None, trust_remote_code=trust_remote_code)
+    loaded = load_that_fits(model, dtype=None, trust_remote_code=trust_remote_code)
     figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if text is not None:
         for layer, shares in expert_use(loaded.model, loaded.tokenizer, text).items():

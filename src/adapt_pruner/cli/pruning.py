@@ -82,7 +82,8 @@ def prune(
         print()
         print_table(["asked", "before", "after"], rows, left=3)
     peak = figures["peak_rss_bytes"] / 2**30
-    print(f"\n{counted(figures['iterations'], 'iteration')} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB")
+    read = f", weights read {figures['weights_read']:g} times" if "weights_read" in figures else ""
+    print(f"\n{counted(figures['iterations'], 'iteration')} in {span(figures['seconds'])}, peak memory {peak:.1f} GiB{read}")
     print(f"saved {output} ({millions(figures['params_after'])} parameters)\n")
     folder = output if "/" in str(output) else f"./{output}"  # so that YAML reads no number
     settings = [f"model={folder}", "budget=100%", "training.source=FILE"]
@@ -277,6 +278,7 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
     """Print the plan of a run."""
     from adapt_pruner.report.screen import screen
     from adapt_pruner.run import folder, forecast
+    from adapt_pruner.run.estimate import DISK
 
     if output is not None:
         folder.check_folder(output, recipe, force=force_recipe)
@@ -297,6 +299,10 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
         phases.append([phase, f"{needed['bytes'] / 2**30:.2f} GiB", ", ".join(shares)])
     print()
     print_table(["memory while", "at most", "of which"], phases)
+    if plan["offload"] == "disk":
+        print(f"weights stay on disk while no pass needs them (offload); it is assumed to give {DISK / 1e9:g} GB a second")
+    elif plan["offload"] == "cpu":
+        print("weights stay in memory as stored while no pass needs them (offload)")
     many = f" on {plan['processes']} processes ({plan['parallel']})" if plan["processes"] > 1 else ""
     seconds, limit = plan["seconds"], 60 * (plan["minutes"] or math.inf)
     ends = f" (`minutes` ends training then; all tokens would take {span(seconds)})" if seconds > limit else ""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.load import Loaded, load_that_fits
 from adapt_pruner.core.events import TOLD_AS, Listener, Warned, counting, parse_line
 from adapt_pruner.core.events.comparison import CellLine, InCell
 from adapt_pruner.core.events.run import chatted
@@ -145,7 +145,7 @@ def measure_beside(
     Raises:
         RunError: a loss is not finite, or the model has more than `size` parameters.
     """
-    pruned = load(str(path), device=next(dense.model.parameters()).device)
+    pruned = load_that_fits(str(path), device=next(dense.model.parameters()).device)
     params = count_parameters(pruned.model)
     if params > size:  # matrices that a method adds count too
         raise RunError(f"the model it saves has {params:,} parameters, {params - size:,} more than asked for")

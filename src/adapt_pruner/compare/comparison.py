@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
+from adapt_pruner.checkpoint.load import Loaded, load_shapes, load_that_fits, locate, pick_device
 from adapt_pruner.checkpoint.save import check_empty
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.compare.cells import measure, measure_beside, prune_apart, release
@@ -86,7 +86,7 @@ def compare(request: Request, out: Path, *, listen: Listener = lambda event: Non
     _check_room(request)
     listen(Load(model=request.model))
     device, trust = pick_device(request.device), request.trust_remote_code
-    dense = functools.partial(load, request.model, device=device, trust_remote_code=trust)
+    dense = functools.partial(load_that_fits, request.model, device=device, trust_remote_code=trust)
     work = _prepared(dense(), request, listen)
     release()
     listen(events.Loaded(model=request.model, params=work.params))

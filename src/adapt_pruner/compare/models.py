@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import load, locate, pick_device
+from adapt_pruner.checkpoint.load import load_that_fits, locate, pick_device
 from adapt_pruner.compare.measures import WINDOW, Measures
 from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
 from adapt_pruner.core.model.budget import count_parameters
@@ -60,7 +60,7 @@ def measured(
     rows, held = [], []
     for name in models:
         listen(Load(model=name))
-        loaded = load(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
+        loaded = load_that_fits(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
         model, tokenizer = loaded.model, loaded.tokenizer
         row: dict[str, Any] = {
             "model": name, "params": count_parameters(model), "nonzero": count_nonzero(model),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner import families
+from adapt_pruner.core.model.layers import losses
 from adapt_pruner.core.model.precision import casting_once, nonfinite_error, precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
@@ -76,25 +77,24 @@ def perplexity(
     warm = began
     total, count = torch.zeros((), dtype=torch.float64), task.num_predicted(windows)
     mine, names = world.share(windows), world.share(texts if len(set(texts)) > 1 else [""] * len(windows))
-    losses = _nll_of_its_logits if task is CAUSAL_LM and not families.is_known(model.config) else task.loss
+    known = task is not CAUSAL_LM or families.is_known(model.config)
+    each = (losses if known else _by_its_logits)(model, mine, task=task, dtype=dtype)
     right: dict[str, float] = defaultdict(float)
     nats: dict[str, float] = defaultdict(float)
     predicted: dict[str, float] = defaultdict(float)
     try:
         model.eval()
-        with casting_once(model):
-            for done, (ids, name) in enumerate(zip(mine, names, strict=True), start=1):
-                with precision(device, dtype):
-                    loss = losses(model, ids.to(device)).double().cpu()
-                    total += loss
-                    nats[name] += float(loss)
-                    predicted[name] += task.num_predicted([ids])
-                    for figure, value in task.judged(model, ids.to(device)).items():
-                        right[figure] += float(value)
-                if done == 1:
-                    warm = time.perf_counter()
-                if on_window is not None:
-                    on_window(done, len(mine))
+        for done, (ids, name, loss) in enumerate(zip(mine, names, each, strict=True), start=1):
+            total += loss
+            nats[name] += float(loss)
+            predicted[name] += task.num_predicted([ids])
+            with precision(device, dtype):
+                for figure, value in task.judged(model, ids.to(device)).items():
+                    right[figure] += float(value)
+            if done == 1:
+                warm = time.perf_counter()
+            if on_window is not None:
+                on_window(done, len(mine))
     finally:
         model.train(was_training)
     after, spent = task.num_predicted(mine[1:]), time.perf_counter() - warm
@@ -120,7 +120,12 @@ def perplexity(
     )
 
 
-def _nll_of_its_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The loss of `core.model.task.CAUSAL_LM`, from the model's own logits, however it computes them; all logits are held at once."""
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), input_ids[:, 1:].flatten(), reduction="sum")
+@torch.no_grad()
+def _by_its_logits(model: nn.Module, windows: Sequence[Tensor], *, task: Task, dtype: str) -> Iterator[Tensor]:
+    """Like `losses`, from the model's own logits, however it computes them; all logits of a window are held at once."""
+    device = next(model.parameters()).device
+    with casting_once(model), precision(device, dtype):
+        for window in windows:
+            ids = window.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            yield nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").double().cpu()

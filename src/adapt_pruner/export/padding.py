@@ -5,6 +5,7 @@ whatever it attends to. Query head (k, g) is number g of KV head k. It moves to 
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.core.model.kinds import LABELS, USUAL
+from adapt_pruner.core.model.shelf import Shelved, Stored
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.errors import UsageError, settings
 
@@ -100,8 +102,9 @@ def padded_weights(model: Any, sizes: Sequence[LayerSizes]) -> dict[str, Tensor]
         UsageError: several projections of the model share one matrix, or its MLPs have no gate.
         ValueError: a size is below the layer's own.
     """
-    widened = widening(model, sizes)
-    return {name: widened(name, tensor) for name, tensor in model.state_dict().items()}
+    widened, parameters = widening(model, sizes), model.named_parameters(remove_duplicate=False)
+    shelved = {name: weight for name, weight in parameters if isinstance(weight, Shelved)}
+    return {name: widened(name, tensor) for name, tensor in {**model.state_dict(), **shelved}.items()}
 
 
 def widening(model: Any, sizes: Sequence[LayerSizes]) -> Callable[[str, Tensor], Tensor]:
@@ -147,10 +150,37 @@ def widening(model: Any, sizes: Sequence[LayerSizes]) -> Callable[[str, Tensor],
     return widened
 
 
+@dataclass(frozen=True)
+class _Widened:
+    """A weight on a shelf that is padded when it is read."""
+
+    stored: Stored
+    dim: int
+    blocks: tuple[int, ...]
+    blocks_new: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Stored`."""
+        return self.stored.dtype
+
+    def read(self) -> Tensor:
+        """See `Stored`."""
+        return _widened(self.stored.read(), self.dim, self.blocks, self.blocks_new)
+
+    def at(self, index: Mapping[int, Tensor]) -> Stored:
+        """Padding is the last change before a model is written, so nothing is cut from it."""
+        raise NotImplementedError
+
+
 def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tuple[int, ...]) -> Tensor:
     """A tensor whose dimension `dim` consists of nested `blocks`, padded with zeros to `blocks_new`."""
     if blocks == blocks_new:
         return tensor
+    if isinstance(tensor, Shelved):
+        shape = list(tensor.shape)
+        shape[dim] = math.prod(blocks_new)
+        return tensor.kept_as(_Widened(tensor.stored, dim, blocks, blocks_new), shape)
     before, after = tensor.shape[:dim], tensor.shape[dim + 1 :]
     wide = tensor.new_zeros((*before, *blocks_new, *after))
     wide[(slice(None),) * dim + tuple(slice(0, size) for size in blocks)] = tensor.reshape(*before, *blocks, *after)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.load import Loaded, load, load_that_fits
 from adapt_pruner.core.events import Listener, Load, Warned, counting
 from adapt_pruner.core.model.weight_mask import linear_layers, oriented
 from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
@@ -104,7 +104,7 @@ def prove(
         RunError: files are damaged, or the artefact is of another model.
     """
     if artefact is None:
-        loaded = load(model, trust_remote_code=trust_remote_code)
+        loaded = load_that_fits(model, trust_remote_code=trust_remote_code)
         zeros = zeros_of(loaded)
         if zeros is None:
             lacks = "no mask over weights" if loaded.weight_mask is None else "a mask over weights that makes none of them zero"
@@ -120,7 +120,7 @@ def prove(
     written = (line for document in texts(text) for line in document.splitlines() if line.strip())
     lines = list(itertools.islice(written, _PIECES))
     listen(Load(model=model))
-    loaded = load(model, trust_remote_code=trust_remote_code)
+    loaded = load_that_fits(model, trust_remote_code=trust_remote_code)
     windows = held_out_windows(loaded.tokenizer, source=text, window=window, max_windows=max_windows)
     figures = verify(
         loaded, artefact, windows, pieces=[*_chat(loaded.tokenizer, listen), *lines], trust_remote_code=trust_remote_code,

@@ -39,7 +39,17 @@ __all__ = [
 ALIASES = {"best": "adaptive-ls-v1"}
 """Alias -> the method that it stands for in this version; the alias stays when the method changes."""
 _METHOD = ALIASES["best"]  # of a recipe that names none
-_OF_THE_MACHINE = ("device", "parallel", "minutes", "checkpoint_minutes", "keep_checkpoints", "report_to", "about", "paper")
+_OF_THE_MACHINE = (
+    "device",
+    "offload",
+    "parallel",
+    "minutes",
+    "checkpoint_minutes",
+    "keep_checkpoints",
+    "report_to",
+    "about",
+    "paper",
+)
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
 _TEXTS = {"training.source", "evaluation.source", "evaluation.tasks", "calibration.ids"}
@@ -167,6 +177,11 @@ class Recipe(Frozen):
         (), description="trackers that also receive the figures, besides log.jsonl"
     )
     device: str = Field("auto", description="device to run on: auto (a GPU if there is one), cpu, cuda, cuda:1, …")
+    offload: Literal["auto", "none", "cpu", "disk"] = Field(
+        "auto",
+        description="where weights lie while no pass needs them, for models that memory does not hold: none (in memory, as float32), cpu (in "
+        "memory, as stored), disk (in the model's files), or auto (the first of these that fits)",
+    )
     dtype: Precision = Field(
         "auto", description="number format of matrix products; auto is bfloat16 if the processor supports it"
     )

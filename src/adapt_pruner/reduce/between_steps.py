@@ -42,6 +42,8 @@ from adapt_pruner.work import Change, Passes, TextUse, Work, check_training
 class BetweenSteps(Units):
     """Remove the least valuable units between optimiser steps, scored by the gradients of these steps (EfficientLLM)."""
 
+    goes_by_layer = False
+
     fills_zeros = True
 
     def __init__(

@@ -54,6 +54,8 @@ class LearntUnits(Units):
         passes: forward passes of an update, for the log.
     """
 
+    goes_by_layer = False
+
     name: ClassVar[str]
     updates: int
     sequences: int

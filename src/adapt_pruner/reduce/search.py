@@ -58,6 +58,8 @@ from adapt_pruner.work import Change, Passes, TextUse, Work
 class Search(Units):
     """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
 
+    goes_by_layer = False
+
     def __init__(
         self,
         *,

@@ -24,6 +24,7 @@ from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
 from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of
 from adapt_pruner.core.model.layers import decoder_layers
+from adapt_pruner.core.model.shelf import Shelved, numbers_of
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -36,13 +37,15 @@ from adapt_pruner.score.calibrate import Evidence, Metric, checked, eval_mode, e
 from adapt_pruner.score.experts import usage, used
 from adapt_pruner.work import Change, Passes, Reduction, TextUse, Work
 
-_HEAD_TOKENS = 1024  # tokens on which a KV head is measured
+HEAD_TOKENS = 1024  # tokens on which a KV head is measured
 _NEARLY = 0.05  # share of a step: a last step smaller than this is left out of the estimate, since rounding may save it
 
 
 @part("reduce", needs={"chosen"})
 class Units(Reduction):
     """Remove the least valuable units in small steps, and repair the remaining weights in each step (Adapt-Pruner's loop)."""
+
+    goes_by_layer = True
 
     def __init__(self) -> None:
         self._debt: Debt | None = None
@@ -152,7 +155,7 @@ class Units(Reduction):
         if _head_metric(work) is not None and heads:
             sizes = sizes_alike(work, keep=target)
             measured = sum(axis.size for axis in heads if sizes[axis.name] < axis.size)
-            phases["heads"] = Passes(forward=min(tokens, _HEAD_TOKENS) * measured / 2)
+            phases["heads"] = Passes(forward=min(tokens, HEAD_TOKENS) * measured / 2)
         phases["choose"] = Passes(forward=2 * tokens) if recipe.sequential_scoring else Passes()
         if recipe.repair is not None:
             further = recipe.calibration.self_generated + recipe.calibration.repair_samples
@@ -316,7 +319,10 @@ def _check_repaired(work: Work, mask: Mask, shapes: Mapping[str, torch.Size]) ->
             )
     shrinking = [axis for axis in work.axes if axis.gate.is_linear and axis.name in mask]
     for name, weight in weights.items():
-        finite = weight.isfinite()
+        if isinstance(weight, Shelved) and not weight.changed:
+            continue
+        with numbers_of(weight):
+            finite = weight.isfinite()
         for axis in shrinking:  # what a repair leaves in columns that go does not matter
             if name == f"{axis.gate.module}.weight":
                 goes = ~mask[axis.name].repeat_interleave(axis.gate.width)
@@ -344,7 +350,7 @@ def _head_scores(work: Work, sizes: Mapping[str, int], batches: Sequence[Tensor]
     give_back()  # return memory that scoring has freed, before all weights are copied
     measure = parts.bind("head_metric", head_metric, task=work.task, dtype=recipe.dtype, on_axis=work.progress("heads", **where))
     before = accumulate((batch.numel() for batch in batches), initial=0)
-    enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < _HEAD_TOKENS]
+    enough = [batch for batch, tokens in zip(batches, before, strict=False) if tokens < HEAD_TOKENS]
     return checked(measure(work.model, losing, enough), part=f"head_metric {head_metric!r}")
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.load import load_that_fits
 from adapt_pruner.checkpoint.stored import load_unread
 from adapt_pruner.core.events import Event, Interrupted, Listener, Load, Saved, Warned
 from adapt_pruner.core.system import filenames
@@ -108,7 +108,7 @@ def export(
     check_form(to, quant=quant, pad=pad)
     check_place(out)
     listen(Load(model=model))
-    loaded = (load_unread if is_lazy(to) else load)(model, trust_remote_code=trust_remote_code)
+    loaded = (load_unread if is_lazy(to) else load_that_fits)(model, trust_remote_code=trust_remote_code)
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
     if out.is_dir() and (lacking := write_card_of_export(expanded(loaded.source), out, to)) is not None:
         notes = [*notes, lacking]

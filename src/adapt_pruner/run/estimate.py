@@ -11,9 +11,11 @@ from typing import Any, Literal
 from adapt_pruner import families
 from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.core.model.layers import LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
+from adapt_pruner.core.model.layers import HIDDEN_BYTES, LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
 from adapt_pruner.data import windows
 from adapt_pruner.reduce.repair import closed_form
+from adapt_pruner.reduce.units import HEAD_TOKENS
+from adapt_pruner.score.blocks import TOGETHER
 from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train import loop
 
@@ -107,6 +109,8 @@ class Setup:
         teacher: shapes of the model to distil from.
         processes: n.
         parallel: `ddp`, the whole model on each process while training, or `fsdp`, a share of it.
+        offload: where weights lie while no pass needs them: `none` for in memory as float32, `cpu` for in memory as stored, `disk`.
+        file_bytes: bytes of a weight in the model's files.
     """
 
     device: str
@@ -122,6 +126,8 @@ class Setup:
     teacher: Shapes | None = None
     processes: int = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    offload: Literal["none", "cpu", "disk"] = "none"
+    file_bytes: int = 4
 
     @property
     def tokens(self) -> int:
@@ -143,6 +149,10 @@ class Setup:
     def trained(self, of: Shapes) -> int:
         """Parameters that have a gradient and moments."""
         return self.lora * of.in_and_out if self.lora else of.params
+
+    def at_hand(self, params: int, *, ahead: int = 0) -> int:
+        """Bytes of weights that are fetched, and of those read ahead from disk; 0 if all weights are in memory."""
+        return 0 if self.offload == "none" else 4 * params + (self.file_bytes * ahead if self.offload == "disk" else 0)
 
 
 def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
@@ -211,6 +221,10 @@ def pruning_memory(
     and the hidden states are the activations. With each sequence's gradients, squares of the gradients are held, too. Passes
     without gradients hold a bfloat16 copy of the whole model.
 
+    With `how.offload`, weights take what is stored, or nothing; k layers and the next one are at hand, and at the loss the head.
+    With `disk`, k is 1 and hidden states between layers lie there, too.
+    Passes without gradients hold the hidden states of many batches instead of a copy of the model.
+
     Args:
         samples: rows of the calibration text.
         length: tokens of a row.
@@ -226,8 +240,10 @@ def pruning_memory(
         return held
     whole = evidence in (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     stream = 4 * of.width * length * -(-samples // how.processes)
-    layer = (4 * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
-    k = of.layers if whole else layers_at_once(of.layers, hidden=stream, layer=layer)
+    shelved = how.offload != "none"
+    layer = ((8 if shelved else 4) * of.decoder + activation_bytes(rows.tokens, of.in_and_out)) / of.layers
+    whole = whole and not shelved
+    k = of.layers if whole else layers_at_once(of.layers, hidden=0 if how.offload == "disk" else stream, layer=layer)
     group = of.decoder * k // of.layers
     copies = 2 * group if how.narrow else 0
     all_activations, all_loss = _activations(of, rows, norm=26 if how.narrow else 24), _loss(of, rows, learns=False)
@@ -235,18 +251,26 @@ def pruning_memory(
     scoring = {
         "gradients": 0 if evidence is Evidence.STREAM_GRADIENTS else 4 * group,
         "squared gradients": 4 * group if evidence is Evidence.SAMPLE_GRADIENTS else 0, "bfloat16 copies": copies, "activations": activations,
+        "weights at hand": how.at_hand(group, ahead=of.largest),
     }  # fmt: skip
     if whole:
         scoring["loss"] = all_loss
     else:
         scoring["temporary buffers"] = max(0, copies - activations)
         swept_loss = _loss(of, rows, learns=False, chunk=LOGITS_OF if how.device == "cpu" else None)
-        scoring["loss"] = max(0, swept_loss - sum(scoring.values()))
-        scoring["hidden states"] = stream * (-(-of.layers // k) + 1)
+        scoring["loss"] = max(0, swept_loss + _wide_head(of, how) - sum(scoring.values()))
+        scoring["hidden states"] = stream * (2 if how.offload == "disk" else -(-of.layers // k) + 1)
     reading = {
-        "bfloat16 copies": 2 * (of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
-        "loss": max(0, all_loss - (2 * of.head if how.narrow else 0)),
+        "bfloat16 copies": 2 * (of.largest if shelved else of.decoder + of.head) if how.narrow else 0, "activations": all_activations // of.layers,
+        "loss": max(0, all_loss - (2 * of.head if how.narrow and not shelved else 0)),
     }  # fmt: skip
+    if shelved:
+        reading["weights at hand"] = how.at_hand(of.largest, ahead=of.largest)
+        reading["hidden states"] = max(min(stream, HIDDEN_BYTES), reads * 4 * of.width * HEAD_TOKENS * TOGETHER)
+        reading["loss"] = max(0, reading["loss"] + _wide_head(of, how) - reading["weights at hand"])
+    if shelved:  # at the beginning of a pass
+        entering = {"weights at hand": how.at_hand(of.head, ahead=of.head), "hidden states": stream}
+        reading, scoring = (max(phase, entering, key=lambda parts: sum(parts.values())) for phase in (reading, scoring))
     if evidence.value < Evidence.STREAM_GRADIENTS.value or (reads and sum(reading.values()) > sum(scoring.values())):
         return {**held, **reading}
     return {**held, **scoring}
@@ -275,6 +299,7 @@ def repair_memory(
         **_held(of, how, moments=moments),
         "hidden states": 4 * tokens * (1 + sequential) * of.width,
         "inputs": 4 * tokens * (of.widest + heads) * sequential,
+        "weights at hand": how.at_hand(of.largest, ahead=of.largest),
         "products": 4 * matrices * (of.widest**2 + heads**2),
         "system": 8 * of.widest * (of.widest + (1 + 2 * chosen) * of.width + closed_form.ROWS),
     }
@@ -282,7 +307,10 @@ def repair_memory(
 
 def _held(of: Shapes, how: Setup, *, moments: bool) -> dict[str, int]:
     """Bytes that a process holds as long as it prunes."""
-    held = {"weights": 4 * of.params, "moments": round(how.moments * of.params) if moments else 0}
+    held = {
+        "weights": {"none": 4, "cpu": how.file_bytes, "disk": 0}[how.offload] * of.params,
+        "moments": round(how.moments * of.params) if moments else 0,
+    }
     if how.teacher is not None:
         held["teacher"] = (2 if how.narrow else 4) * how.teacher.params
     return held
@@ -325,6 +353,11 @@ def _loss(of: Shapes, how: Setup, *, learns: bool, gathered: bool = False, chunk
         logits += 20 * of.vocabulary * at_once
     of_head = ((how.stored + element) * learns + (element if how.narrow and how.stored == 4 else 0)) * of.head
     return logits + how.stored * how.tokens * of.width + (0 if gathered else of_head)
+
+
+def _wide_head(of: Shapes, how: Setup) -> int:
+    """Bytes of the head at hand as float32, with weights on a shelf; 0 if products take it as it is stored."""
+    return 0 if how.offload == "none" or (how.narrow and how.file_bytes == 2) else 4 * of.head
 
 
 def multiply_adds(of: Shapes, *, length: int, logits: int) -> int:
@@ -395,6 +428,9 @@ class Speed:
         """The speed in a phase."""
         return replace(self, flops=self.others.get(phase, self.flops))
 
+
+DISK = 2e9
+"""Bytes per second that are read from a disk; assumed."""
 
 PAPER = {
     "cuda": Speed(0.4 * 989e12, "an H100 at 40 % of its 989 TFLOP/s in bfloat16", memory=79 * 2**30),

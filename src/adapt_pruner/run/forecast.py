@@ -10,11 +10,12 @@ from adapt_pruner.checkpoint.load import has_weights, pick_device
 from adapt_pruner.core.events import Listener, Progress
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import num_active, num_left
+from adapt_pruner.core.system.memory import free_bytes
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.units import mask_to, prunable, sizes_alike
 from adapt_pruner.run.estimate import PAPER, Setup, Speed, process_bytes, shapes
-from adapt_pruner.run.plan import free_bytes, memory, phases, seconds, setup_of, too_large
+from adapt_pruner.run.plan import memory, phases, seconds, setup_of, too_large
 from adapt_pruner.run.probe import scoring_speed
 from adapt_pruner.run.start import begin, on_paper, prepare, room
 from adapt_pruner.work import Work
@@ -77,6 +78,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
         "processes": how.processes,
         "parallel": recipe.parallel,
         "device": how.device,
+        "offload": how.offload,
         "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in held.items()},
         "peak_bytes": max(peaks.values()),
         "too_large": too_large(work, how, free=free) or None,

@@ -5,6 +5,7 @@ It is made once. A run tells it, so that its end can be predicted; a dry run pri
 
 import itertools
 import math
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -14,20 +15,24 @@ from typing import Any
 import torch
 
 from adapt_pruner.checkpoint.save import SHARD_BYTES
+from adapt_pruner.checkpoint.shelved import Offload
 from adapt_pruner.core.events import phase_of
 from adapt_pruner.core.events.run import Item, Planned
 from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.precision import uses_bfloat16
+from adapt_pruner.core.model.shelf import SCRATCH
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
-from adapt_pruner.core.system.memory import usable_bytes
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
+from adapt_pruner.reduce.units import evidence_of, metrics_of
 from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.conversations import specs_to_write
 from adapt_pruner.run.estimate import (
+    DISK,
     Setup,
     Shapes,
     Speed,
@@ -43,6 +48,13 @@ from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Stage, Work
 
 _GIB = 2**30
+_READS = {
+    "score": 2,
+    "blocks": 2,
+    "heads": 2,
+    "repair": 4,
+    "evaluate": 1,
+}  # of all weights, in an iteration, with weights on disk
 _FLOAT = 4  # bytes of a number in a checkpoint
 
 
@@ -64,8 +76,38 @@ def setup_of(
         narrow=training.weights == "bfloat16" or uses_bfloat16(device, recipe.dtype), stored=2 if training.weights == "bfloat16" else 4,
         bits=training.moment_bits, in_backward=training.step_in_backward, micro_tokens=training.pass_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
         lora=0 if training.lora is None else training.lora.rank, teacher=(teacher or shapes(work.model)) if taught else None,
-        processes=processes or world.size(), parallel=recipe.parallel,
+        processes=processes or world.size(), parallel=recipe.parallel, offload=work.loaded.offload,
+        file_bytes=getattr(work.model.config.dtype, "itemsize", 4),
     )  # fmt: skip
+
+
+def needs_whole_model(work: Work) -> str:
+    """Why a run needs all weights in memory as float32, in words that begin a sentence; empty if one layer after the other is enough."""
+    recipe = work.recipe
+    metrics = () if recipe.training.tokens or not work.reduction.goes_by_layer else metrics_of(work, seed=0)
+    needs = {evidence_of(work, [metric]) for metric in metrics}
+    reasons = {
+        "training": bool(recipe.training.tokens),
+        f"reduce {recipe.reduce!r}": not work.reduction.goes_by_layer,
+        "a latency budget": bool(recipe.latency),
+        "init=random": recipe.init == "random",
+        "a smaller vocabulary": recipe.vocabulary is not None,
+        f"metric {recipe.metric!r}": bool(needs & {Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS}),
+        "a model with a weight mask": work.weight_mask is not None,
+        "its self-written text (name another text, and set calibration.self_generated=0)": work.reads_text
+        and (writes_text(recipe) or (recipe.repair is not None and recipe.calibration.self_generated > 0)),
+    }
+    return next((f"{what} needs the whole model in memory" for what, applies in reasons.items() if applies), "")
+
+
+def offload_of(work: Work, how: Setup, *, free: int | None) -> Offload:
+    """Where the weights of a run lie while no pass needs them: as its recipe says; with `auto`, the first place that fits, or memory."""
+    if work.recipe.offload != "auto":
+        return work.recipe.offload
+    if needs_whole_model(work) or free is None or most_bytes(work, how) <= free:
+        return "none"
+    places: tuple[Offload, ...] = ("cpu", "disk")
+    return next((place for place in places if most_bytes(work, replace(how, offload=place)) <= free), "none")
 
 
 def writes_text(recipe: Recipe) -> bool:
@@ -159,7 +201,10 @@ def _iteration(work: Work, stage: Stage, now: Shapes, how: Setup) -> list[tuple[
 
 
 def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tuple[int, str], float]:
-    """Stage and phase -> its seconds, as far as its operations are known. Stage 0 is what comes before the first."""
+    """Stage and phase -> its seconds, as far as its operations are known. Stage 0 is what comes before the first.
+
+    With weights on disk a phase takes the time of its operations or of reading the weights, whichever is longer.
+    """
     dense, by_phase = shapes(work.model), dict[tuple[int, str], float]()
     for item in planned.items:
         phase, number, of, tokens, taught = item["phase"], item["stage"], dense, 0, 0.0
@@ -168,6 +213,8 @@ def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tupl
             of, tokens = _in_training(work, work.stages[number - 1], dense), work.stages[number - 1].tokens
             taught = 0.0 if how.teacher is None else tokens * operations(how.teacher, how, kind="read")  # a teacher only reads
         took = seconds_of(of, how, speed.of(phase), flops=flops - taught, trained=tokens)
+        if how.offload == "disk":
+            took = max(took, item["times"] * _READS.get(phase, 0) * how.file_bytes * dense.params / DISK)
         by_phase[number, phase] = by_phase.get((number, phase), 0.0) + took + seconds_of(dense, how, speed, flops=taught)
     return by_phase
 
@@ -210,13 +257,6 @@ def most_bytes(work: Work, how: Setup) -> int:
     return max(process_bytes(parts, how.device) for parts in memory(work, how).values())
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes of memory that this process may use in all: what is free and what it holds; None if the system does not say."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
-    return usable_bytes()
-
-
 def check_memory(work: Work, how: Setup, *, free: int | None) -> None:
     """Refuse a run that takes more memory than is free.
 
@@ -254,10 +294,41 @@ def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str,
     options = {"budget": "--params", "sparsity": "--sparsity", "latency": "--latency"}
     given = {key: value for key in options if (value := getattr(recipe, key))}
     typed_size = [word for key, value in given.items() for word in (options[key], value)]
-    for method in ("magnitude-sparse",) if recipe.sparsity else (None, "magnitude-all"):
-        pruning = to_prune({**common, **given, "method": method})
-        words = typed("prune", recipe.model, "-o", "DIR", *typed_size, *(["--method", method] if method else []))
-        yield f"`{words}`", most_bytes(Work.of(model, pruning), replace(how, teacher=None))
+    disk: dict[str, Any] = {"offload": "disk", "calibration.source": "TEXT", "calibration.self_generated": 0}
+    from_disk = ["--offload", "disk", "--text", "TEXT", "--set", "calibration.self_generated=0"]
+    ways: list[tuple[dict[str, Any], list[str]]] = [
+        ({}, []),
+        (disk, from_disk),
+        ({"method": "magnitude-all"}, ["--method", "magnitude-all"]),
+    ]
+    if recipe.latency:  # its size is measured on whole models
+        ways = [way for way in ways if way[0] is not disk]
+    if recipe.sparsity:
+        ways = [({"method": "magnitude-sparse"}, ["--method", "magnitude-sparse"])]
+    for keys, words in ways:
+        place: Offload = keys.get("offload", "none")
+        pruning = Work.of(model, to_prune({**common, **given, **keys}))
+        line = typed("prune", recipe.model, "-o", "DIR", *typed_size, *words)
+        yield f"`{line}`", most_bytes(pruning, replace(how, teacher=None, offload=place))
+
+
+def check_scratch(work: Work, scratch: Path) -> None:
+    """Refuse a folder for changed weights that is none, or too small for them and for the hidden states of a pass.
+
+    Raises:
+        UsageError: it is refused.
+    """
+    recipe, model = work.recipe, work.model
+    gates = {axis.gate.module for axis in work.axes if axis.gate.is_linear}
+    changed = sum(model.get_parameter(f"{name}.weight").numel() for name in gates) if recipe.repair is not None else 0
+    hidden = len(decoder_layers(model, work.axes)) * recipe.calibration.samples * recipe.calibration.length * shapes(model).width
+    if not scratch.is_dir():
+        raise UsageError(f"{scratch} is no folder, and changed weights would go there; make it, or name another in {SCRATCH}")
+    if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed + hidden)):
+        raise UsageError(
+            f"{scratch} has {free / _GIB:.1f} GiB left, and what is changed on the way takes up to {needed / _GIB:.1f} GiB; make room, or name a "
+            f"folder on another disk in {SCRATCH}"
+        )
 
 
 def check_result(work: Work, path: Path) -> None:

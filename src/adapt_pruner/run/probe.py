@@ -19,12 +19,12 @@ from adapt_pruner.core.events.run import Probe
 from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.model.precision import precision
 from adapt_pruner.core.system import world
-from adapt_pruner.core.system.memory import keeping_freed
+from adapt_pruner.core.system.memory import free_bytes, keeping_freed
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run.estimate import Speed, operations, shapes
-from adapt_pruner.run.plan import check_memory, free_bytes, most_bytes, setup_of
+from adapt_pruner.run.plan import check_memory, most_bytes, setup_of
 from adapt_pruner.run.start import begin, plan, room
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor

@@ -22,6 +22,7 @@ from adapt_pruner.core.events.run import Answered, Chatted, PromptAnswer
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.model.precision import nonfinite_error
+from adapt_pruner.core.model.shelf import bytes_read
 from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import peak_bytes, peak_rss_bytes
@@ -83,6 +84,7 @@ def measure_end(work: Work) -> None:
         **{f"seconds_{phase}": seconds for phase, seconds in state.spent.items()},
         "peak_bytes": peak_bytes(work.model),
         "peak_rss_bytes": peak_rss_bytes(),
+        **({"weights_read": round(read / work.loaded.weight_bytes, 1)} if (read := bytes_read(work.model)) else {}),
         "method": work.recipe.method,
         "seed": work.recipe.seed,
     }
@@ -169,11 +171,14 @@ def measure_tasks(work: Work, *, stage: int) -> float:
 def measure_answers(work: Work, *, stage: int) -> None:
     """Let the model answer the recipe's prompts, or three of ours if it chats; it writes the likeliest token each time.
 
+    A model that does not lie in memory answers only the recipe's: each token would read all weights.
+
     A model that cannot answer, such as one that pruning ruined, gives a warning and not an error.
     """
     prompts = work.recipe.evaluation.prompts
     if prompts is None:
-        prompts = list(PROMPTS) if getattr(work.tokenizer, "chat_template", None) else []
+        chats = getattr(work.tokenizer, "chat_template", None) and work.loaded.offload == "none"
+        prompts = list(PROMPTS) if chats else []
     if not prompts or not work.model.can_generate():
         return
 

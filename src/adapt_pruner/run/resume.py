@@ -36,14 +36,16 @@ def resumed(
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
-        work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True)
+        work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True, scratch=folder.path)
     else:
         if saved["identity"] != origin:  # the same files may lie at another path now
             raise UsageError(
                 f"{path} is a checkpoint of the model {saved['model']} as it was when the run began, not of {recipe.model} as it "
                 "is now; name another folder, or restore that model"
             )
-        loaded, tensors = load_state(path, saved, device=pick_device(recipe.device))
+        loaded, tensors = load_state(
+            path, saved, device=pick_device(recipe.device), offload=recipe.offload, trust_remote_code=trust_remote_code
+        )
         state = RunState.from_json(saved)
         _check_changes(path, state, recipe, changed, tensors)
         work = Work(loaded, recipe, tell, trust_remote_code, state, dense_params=state.figures["params_before"])

@@ -1,6 +1,7 @@
 """Prepare a run: load the model, plan its stages and find the texts that they read."""
 
 import importlib.util
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load, load_shapes, locate, pick_device
 from adapt_pruner.checkpoint.save import can_save_unequal_layers, stock_class
+from adapt_pruner.checkpoint.shelved import Offload, Shelving
 from adapt_pruner.checkpoint.state import identity
 from adapt_pruner.checkpoint.vocabulary import kept_tokens, smaller_tokenizer
 from adapt_pruner.core import events
@@ -28,6 +30,7 @@ from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shards import stage_tokens
 from adapt_pruner.core.system import filenames, world
 from adapt_pruner.core.system.files import write_whole
+from adapt_pruner.core.system.memory import free_bytes
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.fixed import Rows, Written
@@ -43,9 +46,18 @@ from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
 from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to_write, written_texts
-from adapt_pruner.run.estimate import Setup, shapes
+from adapt_pruner.run.estimate import PAPER, Setup, shapes
 from adapt_pruner.run.folder import writing
-from adapt_pruner.run.plan import check_memory, free_bytes, phases, setup_of, too_large, writes_text
+from adapt_pruner.run.plan import (
+    check_memory,
+    check_scratch,
+    needs_whole_model,
+    offload_of,
+    phases,
+    setup_of,
+    too_large,
+    writes_text,
+)
 from adapt_pruner.run.training import teacher_of
 from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
@@ -70,10 +82,12 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
     if recipe.training.teacher is not None:
         teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code))
     if here:
-        return work, setup_of(work, device=pick_device(recipe.device), teacher=teacher)
+        how = setup_of(work, device=pick_device(recipe.device), teacher=teacher)
+        return work, replace(how, offload=offload_of(work, how, free=free_bytes(pick_device(recipe.device))))
     device = "cpu" if recipe.device == "cpu" else "cuda"
     narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
-    return work, replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
+    how = replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
+    return work, replace(how, offload=offload_of(work, how, free=PAPER[device].memory))
 
 
 def room(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False) -> str:
@@ -81,26 +95,36 @@ def room(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False
 
     With `again`, the run may use gradient checkpointing although the recipe does not say so.
     """
+    return _place(recipe, trust_remote_code=trust_remote_code, again=again)[1]
+
+
+def _place(recipe: Recipe, *, trust_remote_code: bool, again: bool = False) -> tuple[Offload, str]:
+    """Where the weights of a run will lie, and the sentence of `room`."""
     if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
-        return ""
+        return "none" if recipe.offload == "auto" else recipe.offload, ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
     how = replace(how, checkpointing=how.checkpointing or again)
-    return too_large(work, how, free=free_bytes(pick_device(recipe.device)))
+    return how.offload, too_large(work, how, free=free_bytes(pick_device(recipe.device)))
 
 
-def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, check: bool = False) -> Work:
+def begin(
+    recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, check: bool = False, scratch: Path | None = None
+) -> Work:
     """A run at its start: load the model, cut its vocabulary and turn a latency into a number of parameters.
 
-    With `check`, a run that takes more memory than is free here is refused before its weights are read.
+    With `check`, a run that takes more memory than is free here is refused before its weights are read. `scratch` is the folder for
+    changed weights of a model whose weights stay on disk; ADAPT_PRUNER_SCRATCH goes before it.
 
     Raises:
         UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model))
-    if check and (trouble := room(recipe, trust_remote_code=trust_remote_code)):
+    place, trouble = _place(recipe, trust_remote_code=trust_remote_code)
+    if check and trouble:
         raise UsageError(trouble)
-    fresh = recipe.seed if recipe.init == "random" else None
-    loaded = load(recipe.model, device=pick_device(recipe.device), trust_remote_code=trust_remote_code, fresh=fresh)
+    device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
+    shelving = Shelving.at(place, scratch or Path(tempfile.gettempdir()))
+    loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
     dense = count_parameters(loaded.model)
     checked = families.summary(loaded.model.config)
     listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised, may_shrink=checked))
@@ -117,6 +141,8 @@ def begin(recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, 
         state.figures |= {"vocabulary_before": tokens.numel(), "vocabulary_after": int(tokens.sum())}
         state.figures["params_after_vocabulary"] = count_parameters(loaded.model)
     work = Work(loaded, recipe, listen, trust_remote_code, state, dense_params=dense)
+    if shelving is not None and shelving.scratch is not None:
+        check_scratch(work, shelving.scratch)
     state.figures |= world.on_main(lambda: latency.budget_for(work))
     return work
 
@@ -163,6 +189,8 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     """
     recipe, figures = work.recipe, work.state.figures
     _check_class(work)
+    if recipe.offload in ("cpu", "disk") and (why := needs_whole_model(work)):
+        raise UsageError(f"{why}, so offload={recipe.offload} cannot work; set offload=none")
     work.reduction.check(work)
     if recipe.makes_zeros:
         _check_zeros(work, cuts=False)

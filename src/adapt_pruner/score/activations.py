@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from adapt_pruner.core.model.axes import Axis, Scores
 from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.shelf import numbers_of
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
@@ -89,8 +90,7 @@ def fluctuation(
     else:
         channels = yield from (_authors_variances if authors_mean else _variances)(model, axes)
     if form == "WIFV":
-        at = _weights(model, axes)
-        channels = {name: channel * at[name].double().square().sum(dim=0).cpu() for name, channel in channels.items()}
+        channels = {name: channel * _columns(model, axes, name).square().sum(dim=0).cpu() for name, channel in channels.items()}
     scores: Scores = {}
     for axis in axes:
         values = _by_unit(channels, axis)
@@ -140,8 +140,7 @@ def _weighted_norms(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidenc
     with _looking(model, squares, look):
         yield Evidence.FORWARD
     world.sum_in_place(*squares.values())
-    at = _weights(model, axes)
-    return {name: square.sqrt().cpu() * at[name].double().abs().mean(dim=0).cpu() for name, square in squares.items()}
+    return {name: square.sqrt().cpu() * _columns(model, axes, name).abs().mean(dim=0).cpu() for name, square in squares.items()}
 
 
 def _variances(model: nn.Module, axes: Sequence[Axis]) -> Generator[Evidence, None, dict[str, Tensor]]:
@@ -203,6 +202,12 @@ def _weights(model: nn.Module, axes: Sequence[Axis]) -> dict[str, Tensor]:
             weight = model.get_parameter(f"{name}.weight").detach()
             weights[name] = axis.gate.oriented(weight) if axis.gate.is_linear else weight
     return weights
+
+
+def _columns(model: nn.Module, axes: Sequence[Axis], name: str) -> Tensor:
+    """The weight of a linear layer at a gate, float64 [outputs, features]."""
+    with numbers_of(model.get_parameter(f"{name}.weight")):
+        return _weights(model, axes)[name].double()
 
 
 def _at(axis: Axis) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ that it is asked for.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +19,14 @@ from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.cut import first, gated
 from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.layers import decoder_layers, loss_above, streams
-from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.model.precision import casting_once, computed_in
+from adapt_pruner.core.model.shelf import at_hand, fetched, is_shelved
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence, as_found, mean_loss
+
+TOGETHER = 64  # units of a model on a shelf whose losses are found in one pass over the layers
 
 
 @part("distance")
@@ -119,26 +122,47 @@ def loss_drop(
                 losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
     mine, predicted = world.share(batches), task.num_predicted(batches)
     stack = list(decoder_layers(model))
-    with as_found(model, set()), casting_once(model):
-        flows = streams(model, mine, task=task, dtype=dtype)
-        for index, layer in enumerate(stack):
-            here = [(axis, entry) for axis in may_go if axis.layer == index for entry in range(axis.entries)]
-            here += [(axis, index) for axis in may_go if axis.name == "layers"]
-            for axis, entry in here:
-                total = torch.zeros((), dtype=torch.float64)
-                with _shut(model, axes, axis, entry):
-                    for flow, batch in zip(flows, mine, strict=True):
-                        hidden = flow.hidden
-                        for above in range(index, len(stack)):
-                            hidden = flow.run(stack[above], above, hidden)
-                        total += loss_above(model, batch, hidden, task=task, dtype=dtype).double().cpu()
-                world.sum_in_place(total)
-                losses[axis.name][entry] = float(total) / predicted
-            for _ in (axis for axis in axes if axis.layer == index):
+    units = [
+        (index, axis, entry)
+        for index in range(len(stack))
+        for axis in may_go
+        for entry in (range(axis.entries) if axis.layer == index else [index] if axis.name == "layers" else [])
+    ]
+    shelved, narrow = is_shelved(model), computed_in(next(model.parameters()).device, dtype)
+    together, due = (TOGETHER, at_hand) if shelved else (1, fetched)
+    with as_found(model, set()), nullcontext() if shelved else casting_once(model):
+        flows, reached = streams(model, mine, task=task, dtype=dtype), 0
+        for first_unit in range(0, len(units), together):
+            group = units[first_unit : first_unit + together]
+            shut: list[tuple[Axis, int, list[Tensor]]] = []
+            for index in range(reached, len(stack)):
+                here = [(axis, entry) for where, axis, entry in group if where == index]
+                if not (here or shut or index < group[-1][0]):
+                    break
+                with due(stack[index]):
+                    for number, (axis, entry, hidden) in enumerate(shut):
+                        shut[number] = (
+                            axis,
+                            entry,
+                            [flow.run(stack[index], index, h) for flow, h in zip(flows, hidden, strict=True)],
+                        )
+                    for axis, entry in here:
+                        with _shut(model, axes, axis, entry):
+                            shut.append((axis, entry, [flow.through(stack[index], index) for flow in flows]))
+                    if index < group[-1][0]:
+                        for flow in flows:
+                            flow.hidden = flow.through(stack[index], index)
+                        reached = index + 1
+            with fetched(task.head(model), narrow=narrow):
+                for axis, entry, hidden in shut:
+                    total = torch.zeros((), dtype=torch.float64)
+                    for batch, leaving in zip(mine, hidden, strict=True):
+                        total += loss_above(model, batch, leaving, task=task, dtype=dtype).double().cpu()
+                    world.sum_in_place(total)
+                    losses[axis.name][entry] = float(total) / predicted
+            while done < len(axes) and (layer := axes[done].layer) is not None and layer < group[-1][0]:
                 done += 1
                 on_axis(done, len(axes))
-            for flow in flows:
-                flow.hidden = flow.through(layer, index)
     for rest in range(done + 1, len(axes) + 1):
         on_axis(rest, len(axes))
     return losses

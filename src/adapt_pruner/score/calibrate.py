@@ -41,8 +41,9 @@ from torch import Tensor, nn
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.cut import gated
 from adapt_pruner.core.model.hooks import attached
-from adapt_pruner.core.model.layers import Sweep, decoder_layers, streams
-from adapt_pruner.core.model.precision import casting_once, linears_cast, nonfinite_error, precision
+from adapt_pruner.core.model.layers import LOGITS_OF, Sweep, decoder_layers, losses, streams
+from adapt_pruner.core.model.precision import linears_cast, nonfinite_error, precision
+from adapt_pruner.core.model.shelf import at_hand, is_shelved
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.errors import RunError
@@ -166,11 +167,13 @@ def score(
                 mine = [sequence for batch in mine for sequence in batch.split(1)]
             if need is not Evidence.WEIGHTS:
                 predicted = task.num_predicted(batches)
-                if need is Evidence.GRADIENTS and Evidence.STREAM_GRADIENTS not in needs:
-                    sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=_in_batches(on_batch, len(mine)))
+                streams_too = Evidence.STREAM_GRADIENTS in needs
+                if (is_shelved(model) and need is Evidence.STREAM_GRADIENTS) or (need is Evidence.GRADIENTS and not streams_too):
+                    tell = _in_batches(on_batch, len(mine))
+                    sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=tell, further=streams_too)
                     sweep.forward()
                     # The backward sweep runs each layer again. Metrics that watch activations finish first, to see the text once.
-                    finished = {metric: finish(metric) for metric in running if metric not in of_weights}
+                    finished = {metric: finish(metric) for metric in running if metric not in of_weights and not streams_too}
                     nll, gradients = sweep.loss(over=predicted), sweep.backward()
                 else:
                     nll = _passes(model, mine, need, over=predicted, task=task, dtype=dtype, on_batch=on_batch)
@@ -179,7 +182,7 @@ def score(
                 total = float(nll) / predicted
                 if not math.isfinite(total):
                     raise nonfinite_error(f"the loss on the calibration text is {total}", next(model.parameters()).device, dtype)
-            for names in gradients if of_weights else ():
+            for names in gradients if of_weights or need is Evidence.STREAM_GRADIENTS else ():
                 _sum_gradients(model, names)
                 for metric, name in product(of_weights, names):
                     _show(metric, name)
@@ -216,17 +219,20 @@ def _passes(
     The gradients are those of this sum divided by `over`.
     """
     device = next(model.parameters()).device
-    wants_gradient = need.value >= Evidence.STREAM_GRADIENTS.value
-    only = _streams_only(model, task.entrance(model), dtype) if need is Evidence.STREAM_GRADIENTS else nullcontext()
-    # With gradients, casts shared by all passes would hold bfloat16 gradients of all weights at the end of each pass.
-    once = nullcontext() if wants_gradient else casting_once(model)
     total = torch.zeros((), dtype=torch.float64)
-    with only, once:
+    if need is Evidence.FORWARD:
+        for done, loss in enumerate(losses(model, batches, task=task, dtype=dtype), start=1):
+            total += loss
+            if on_batch is not None:
+                on_batch(done, len(batches))
+        return total
+    only = _streams_only(model, task.entrance(model), dtype) if need is Evidence.STREAM_GRADIENTS else nullcontext()
+    chunk = LOGITS_OF if device.type == "cpu" else None
+    with only:
         for done, batch in enumerate(batches, start=1):
-            with torch.set_grad_enabled(wants_gradient), precision(device, dtype):
-                loss = task.loss(model, batch.to(device))
-            if wants_gradient:
-                (loss / over).backward()
+            with precision(device, dtype):
+                loss = task.loss(model, batch.to(device), chunk=chunk)
+            (loss / over).backward()
             total += loss.detach().double().cpu()
             if on_batch is not None:
                 on_batch(done, len(batches))
@@ -270,12 +276,11 @@ def _sum_gradients(model: nn.Module, names: Sequence[str]) -> None:
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str) -> float:
     """The mean loss over all predictions of `batches`, of a causal LM in nats per token; the model is left as found."""
-    device = next(model.parameters()).device
     predicted = task.num_predicted(batches)
     total = torch.zeros((), dtype=torch.float64)
-    with as_found(model, set()), casting_once(model), precision(device, dtype):
-        for batch in world.share(batches):
-            total += task.loss(model, batch.to(device)).double().cpu()
+    with as_found(model, set()):
+        for loss in losses(model, world.share(batches), task=task, dtype=dtype):
+            total += loss
     world.sum_in_place(total)
     return float(total) / predicted
 
@@ -320,13 +325,13 @@ def score_sequentially(
             looking = metric(model, inside)
             try:
                 next(looking)
-                with casting_once(layer):
+                with at_hand(layer):
                     for flow in flows:
                         flow.through(layer, index)
                 scores |= finish(looking)
             finally:
                 looking.close()
-            with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), casting_once(layer):
+            with gated(model, axes, Mask.of_sizes(inside, scores, sizes)), at_hand(layer):
                 for flow in flows:
                     flow.hidden = flow.through(layer, index)
         return world.agreed(scores)

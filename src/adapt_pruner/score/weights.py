@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.model.axes import Axis, Scores
 from adapt_pruner.core.model.hooks import attached
+from adapt_pruner.core.model.shelf import numbers_of
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.score.calibrate import Evidence
@@ -161,7 +162,8 @@ def _rows(model: nn.Module, axes: Sequence[Axis], worth: Worth, *, only: str | N
     sums: dict[tuple[str, int], Tensor] = {}  # a matrix that several slices share is computed once
     for name, summed_over in dims.items():
         if (parameter := model.get_parameter(name)).dim() > 1:
-            found = _sums(parameter, summed_over, partial(worth, parameter, name))
+            with numbers_of(parameter):
+                found = _sums(parameter, summed_over, partial(worth, parameter, name))
             sums |= {(name, dim): values for dim, values in found.items()}
     return {
         (axis.name, number): sums[piece.parameter, piece.dim][piece.start : piece.start + axis.entries * piece.width]

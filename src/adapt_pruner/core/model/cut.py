@@ -22,6 +22,7 @@ from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.core.model.hooks import Removable, attached
 from adapt_pruner.core.model.modeling_pruned import _Nothing, _OwnConfig
 from adapt_pruner.core.model.routed import routed
+from adapt_pruner.core.model.shelf import Shelved, numbers_of, select
 
 _MAY_GO = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "forced_bos_token_id", "forced_eos_token_id")
 """Fields of a generation config that name tokens which a cut may remove all the same."""
@@ -211,7 +212,9 @@ def cut(
                 owners.setdefault(id(parameter), []).append((module, leaf))
 
     for old, index in _kept(model, axes, mask):
-        new = nn.Parameter(_at(old.data, index), requires_grad=old.requires_grad)
+        new = (
+            old.cut(index) if isinstance(old, Shelved) else nn.Parameter(select(old.data, index), requires_grad=old.requires_grad)
+        )
         for module, leaf in owners[id(old)]:
             setattr(module, leaf, new)
             if isinstance(module, nn.Linear):
@@ -221,9 +224,9 @@ def cut(
             elif isinstance(module, nn.Embedding):
                 module.num_embeddings, module.embedding_dim = module.weight.shape
         if optimizer is not None:
-            moments.follow(optimizer, old, new, partial(_at, index=index))
+            moments.follow(optimizer, old, new, partial(select, index=index))
         if tensors_too is not None and old in tensors_too:
-            tensors_too[new] = _at(tensors_too.pop(old), index)
+            tensors_too[new] = select(tensors_too.pop(old), index)
     for axis in axes:
         entries = int(mask.of(axis).sum())
         stated = dict.fromkeys(axis.attributes, sizes[axis.name]) | {name: entries * factor for name, factor in axis.counts}
@@ -233,7 +236,7 @@ def cut(
         for piece in axis.buffers:
             owner, _, leaf = piece.parameter.rpartition(".")
             stays = mask.of(axis).nonzero().flatten()
-            setattr(model.get_submodule(owner), leaf, _at(model.get_buffer(piece.parameter), {piece.dim: stays}))
+            setattr(model.get_submodule(owner), leaf, select(model.get_buffer(piece.parameter), {piece.dim: stays}))
         if sizes[axis.name] < axis.size:
             for name, power in axis.scaled:
                 offset = 1.0 if name in axis.one_more else 0.0
@@ -324,12 +327,6 @@ def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[
         yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}
 
 
-def _at(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
-    for dim, stays in index.items():
-        tensor = tensor.index_select(dim, stays.to(tensor.device))
-    return tensor.contiguous()
-
-
 def _renumber(model: nn.Module, fields: Sequence[str], keep: Tensor) -> None:
     """Renumber, in place, the unit numbers in the configs and paddings of `model`; the number of a removed unit becomes None."""
     new = {old: index for index, old in enumerate(keep.nonzero().flatten().tolist())}
@@ -370,8 +367,9 @@ def multiply(model: nn.Module, name: str, factor: float, offset: float = 0.0, op
         else:
             setattr(module, leaf, torch.full_like(value, exact))
         return
-    wide = value.data.to(torch.promote_types(value.dtype, torch.float32))
-    value.data = ((wide + offset) * factor - offset).to(value.dtype)
+    with numbers_of(value):
+        wide = value.data.to(torch.promote_types(value.dtype, torch.float32))
+        value.copy_((wide + offset) * factor - offset)
     value.grad = None
     if optimizer is not None:
         moments.multiply(optimizer, value, factor)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.cut import first
 from adapt_pruner.core.model.modeling_pruned import STACKS, name_in
-from adapt_pruner.core.model.precision import casting_once, precision
+from adapt_pruner.core.model.precision import casting_once, computed_in, precision
+from adapt_pruner.core.model.shelf import InMemory, Stored, at_hand, fetched, is_shelved, on_shelf, unused
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 
+HIDDEN_BYTES = 2**29  # of a text between two layers, of a model on a shelf
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, where the loss may set the peak of memory
 
 
@@ -50,7 +52,7 @@ class Stream:
 
     @torch.no_grad()
     def through(self, layer: nn.Module, index: int) -> Tensor:
-        """The output of layer number `index`; the hidden states stay as they are. For many, call it within `casting_once`."""
+        """The output of layer number `index`; the hidden states stay as they are. For many, call it within `at_hand`."""
         return self.run(layer, index, self.hidden)
 
     def run(self, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
@@ -74,11 +76,52 @@ def streams(
         dtype: precision of the matrix products.
     """
     inputs, layers = [], decoder_layers(model, axes)
-    for batch in batches:
-        with _standing_in(layers) as (entered, keywords):
-            _read(model, batch, task, dtype)
-        inputs.append(Stream(entered[0], keywords, dtype))
+    with fetched(task.entrance(model)):
+        for batch in batches:
+            with _standing_in(layers) as (entered, keywords):
+                _read(model, batch, task, dtype)
+            inputs.append(Stream(entered[0], keywords, dtype))
     return inputs
+
+
+@torch.no_grad()
+def losses(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str) -> Iterator[Tensor]:
+    """The summed loss of each batch, float64 on the CPU; weights on a shelf are fetched once for many batches.
+
+    Args:
+        model: causal LM; left as found.
+        batches: token ids, int64 [batch, length].
+        task: what the model learns.
+        dtype: precision of the matrix products.
+    """
+    device = next(model.parameters()).device
+    if not is_shelved(model):
+        with casting_once(model), precision(device, dtype):
+            for batch in batches:
+                yield task.loss(model, batch.to(device)).double().cpu()
+        return
+    head: Any = task.head(model)
+    for group in _at_most(batches, HIDDEN_BYTES // (4 * head.weight.shape[-1])):
+        flows = streams(model, group, task=task, dtype=dtype)
+        for index, layer in enumerate(decoder_layers(model)):
+            with at_hand(layer):
+                for flow in flows:
+                    flow.hidden = flow.through(layer, index)
+        with fetched(head, narrow=computed_in(device, dtype)):
+            for flow, batch in zip(flows, group, strict=True):
+                yield loss_above(model, batch, flow.hidden, task=task, dtype=dtype).double().cpu()
+
+
+def _at_most(batches: Sequence[Tensor], tokens: int) -> Iterator[list[Tensor]]:
+    """The batches in order, in groups of at most so many tokens, or of one batch."""
+    group: list[Tensor] = []
+    for batch in batches:
+        if group and sum(other.numel() for other in (*group, batch)) > tokens:
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group
 
 
 @torch.no_grad()
@@ -93,7 +136,7 @@ def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task =
         dtype: precision of the matrix products.
     """
     device = next(model.parameters()).device
-    with _standing_in(decoder_layers(model), leaving), precision(device, dtype):
+    with unused(task.entrance(model)), _standing_in(decoder_layers(model), leaving), precision(device, dtype):
         return task.loss(model, batch.to(device))
 
 
@@ -166,7 +209,8 @@ class Sweep:
 
     Forwards, the text goes through one layer after the other, and the input of the first layer of each group of k is kept.
     Backwards, each group runs again from that input, batch by batch, and autograd keeps what it needs for these layers only.
-    Memory holds the gradients of k layers instead of all L, and the hidden states between L / k groups (see `layers_at_once`).
+    Memory holds the gradients of k layers instead of all L, and the hidden states between L / k groups (see `layers_at_once`). With
+    weights on disk these hidden states lie there, too, and k is 1.
     The cost is one more forward pass. The gradients equal those of whole backward passes to the last bit, because sums are taken
     in the same order; if a batch on a CPU has more than `LOGITS_OF` tokens, they are equal up to rounding.
 
@@ -181,6 +225,7 @@ class Sweep:
         task: what the model learns.
         dtype: precision of the matrix products.
         tell: called with the share of the work that is done.
+        further: whether the gradient goes down to the input of the first layer, even if no weight there requires one.
     """
 
     def __init__(
@@ -192,8 +237,10 @@ class Sweep:
         task: Task = CAUSAL_LM,
         dtype: str,
         tell: Callable[[float], None] = lambda share: None,
+        further: bool = False,
     ) -> None:
         self._model, self._batches, self._task, self._dtype, self._tell = model, batches, task, dtype, tell
+        self._to_the_bottom = further
         self._stack = decoder_layers(model, axes)
         self._layers = list(self._stack)
         self._device = next(model.parameters()).device
@@ -201,13 +248,18 @@ class Sweep:
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = [weight for layer in self._layers for weight in layer.parameters()]
         gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)
+        away = on_shelf(*self._layers)
+        self._keep = away[0].shelf.laid if away else InMemory
+        fetched_at_once = sum(weight.nbytes for weight in away)
         in_and_out = sum(sum(weight.shape) for weight in weights if weight.ndim == 2)
         activations = activation_bytes(max((batch.numel() for batch in batches), default=0), in_and_out)
-        hidden = sum(flow.hidden.nbytes for flow in self._flows)
+        hidden = 0 if away and away[0].shelf.on_disk else sum(flow.hidden.nbytes for flow in self._flows)
         depth = len(self._layers)
         # Processes may have different amounts of text, but must use the same groups: gradients are summed group by group.
-        self._at_once = world.agreed(layers_at_once(depth, hidden=hidden, layer=(gradients + activations) / depth))
-        self._entered: dict[int, list[Tensor]] = {}
+        self._at_once = world.agreed(
+            layers_at_once(depth, hidden=hidden, layer=(gradients + fetched_at_once + activations) / depth)
+        )
+        self._entered: dict[int, list[Stored]] = {}
         self._gradients: list[Tensor] = []
         self._done, self._of = 0, (4 * depth + 3) * len(batches)  # a layer takes three times as long backwards as forwards
 
@@ -220,8 +272,8 @@ class Sweep:
         """Bring every batch to the end of the last layer."""
         for index, layer in enumerate(self._layers):
             if index % self._at_once == 0:
-                self._entered[index] = [flow.hidden for flow in self._flows]
-            with casting_once(layer):
+                self._entered[index] = [self._keep(flow.hidden) for flow in self._flows]
+            with at_hand(layer):
                 for flow in self._flows:
                     flow.hidden = flow.through(layer, index)
                     self._worked(1)
@@ -230,16 +282,19 @@ class Sweep:
         """The sum of the loss over all predictions, float64; the gradients are those of 1 / `over` of it."""
         total = torch.zeros((), dtype=torch.float64)
         chunk = LOGITS_OF if self._device.type == "cpu" else None
-        for flow, batch in zip(self._flows, self._batches, strict=True):
-            leaving = flow.hidden.detach().requires_grad_()
-            with _standing_in(self._stack, leaving), precision(self._device, self._dtype):
-                loss = self._task.loss(self._model, batch.to(self._device), chunk=chunk)
-            (loss / over).backward()
-            total += loss.detach().double().cpu()
-            assert leaving.grad is not None
-            self._gradients.append(leaving.grad)
-            flow.hidden = flow.hidden.new_empty(0)
-            self._worked(3)
+        narrow = computed_in(self._device, self._dtype)
+        with fetched(self._task.head(self._model), narrow=narrow):
+            for flow, batch in zip(self._flows, self._batches, strict=True):
+                leaving = flow.hidden.detach().requires_grad_()
+                alone = unused(self._task.entrance(self._model))
+                with alone, _standing_in(self._stack, leaving), precision(self._device, self._dtype):
+                    loss = self._task.loss(self._model, batch.to(self._device), chunk=chunk)
+                (loss / over).backward()
+                total += loss.detach().double().cpu()
+                assert leaving.grad is not None
+                self._gradients.append(leaving.grad)
+                flow.hidden = flow.hidden.new_empty(0)
+                self._worked(3)
         return total
 
     def backward(self) -> Iterator[list[str]]:
@@ -252,10 +307,11 @@ class Sweep:
         inside = {start: self._names(start) for start in self._entered}
         outside = [name for name in self._wanted if not any(name in names for names in inside.values())]
         for start in reversed(self._entered):
-            below = bool(outside) or any(names for first, names in inside.items() if first < start)
+            below = self._to_the_bottom or bool(outside) or any(names for first, names in inside.items() if first < start)
             if inside[start] or below:
-                self._through_group(start, further=below)
-                yield from self._whole(inside[start])
+                with fetched(*(layer for _, layer in self._group(start))):
+                    self._through_group(start, further=below)
+                    yield from self._whole(inside[start])
             else:
                 self._worked(3 * len(self._group(start)) * len(self._flows))
         if outside:
@@ -284,8 +340,8 @@ class Sweep:
         try:
             with torch.autocast(self._device.type, enabled=False):  # keeps weights cast inside it until it ends
                 for number, flow in enumerate(self._flows):
-                    hidden = entering = entered[number].detach().requires_grad_(further)
-                    entered[number] = entering.new_empty(0)
+                    hidden = entering = entered[number].read().to(self._device).detach().requires_grad_(further)
+                    entered[number] = InMemory(entering.new_empty(0))
                     for index, layer in group:
                         hidden = flow.run(layer, index, hidden)
                     hidden.backward(self._gradients[number])

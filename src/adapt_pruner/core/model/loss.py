@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adapt_pruner.core.model.shelf import fetched
+
 MAX_LOGITS = 2**26  # logits that exist at one time: 128 MB in bfloat16, with their float32 in pieces
 CACHED_ROWS = 64  # tokens whose float32 logits are processed at one time on a CPU, so that they fit its cache
 
@@ -33,7 +35,8 @@ def through_head(hidden: Tensor, head: nn.Module, loss: LogitLoss, *, chunk: int
         float32 scalar, differentiable once in `hidden` and the head's weight and bias.
     """
     learns = torch.is_grad_enabled()  # read here because inside the function needs_input_grad only repeats requires_grad
-    total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk, learns)  # type: ignore[no-untyped-call]
+    with fetched(head):
+        total: Tensor = _ThroughHead.apply(hidden, head.weight, head.bias, loss, chunk, learns)  # type: ignore[no-untyped-call]
     return total
 
 

@@ -24,6 +24,11 @@ def uses_bfloat16(device: torch.device, dtype: str) -> bool:
     return native_bfloat16(device) if dtype == "auto" else dtype == "bfloat16"
 
 
+def computed_in(device: torch.device, dtype: str) -> torch.dtype:
+    """The number format of matrix products within `precision`."""
+    return torch.bfloat16 if uses_bfloat16(device, dtype) else torch.float32
+
+
 def precision(device: torch.device, dtype: str) -> torch.autocast:
     """The context in which matrices are multiplied in the precision that `uses_bfloat16` says."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(device, dtype))
@@ -98,7 +103,8 @@ def linears_cast(model: nn.Module, dtype: str) -> Iterator[None]:
         weight for weight, users in owners.items() if weight.ndim == 2 and all(isinstance(user, nn.Linear) for user in users)
     ]
     narrow = bool(alone) and uses_bfloat16(alone[0].device, dtype)
-    wide = {weight: weight.data for weight in alone if narrow and weight.dtype == torch.float32}
+    here = [weight for weight in alone if weight.is_contiguous()]  # a weight on a shelf is not
+    wide = {weight: weight.data for weight in here if narrow and weight.dtype == torch.float32}
     try:
         for weight, float32 in wide.items():
             weight.data = float32.to(torch.bfloat16)

@@ -25,6 +25,9 @@ class Task(Protocol):
     def entrance(self, model: Any) -> nn.Module:
         """The module whose output begins the residual stream; gradients with respect to activations start there."""
 
+    def head(self, model: Any) -> nn.Module:
+        """The module that turns the last hidden states into what is predicted."""
+
     def read(self, model: Any, batch: Tensor, **outputs: Any) -> Any:
         """Run everything below the predictions, decoder layers included, to a `last_hidden_state` [batch, length, width].
 

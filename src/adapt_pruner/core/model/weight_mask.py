@@ -24,6 +24,7 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.pattern import Pattern
+from adapt_pruner.core.model.shelf import numbers_of
 
 
 def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
@@ -197,7 +198,11 @@ def holds(keep: Tensor, pattern: Pattern) -> bool:
 
 def count_nonzero(module: nn.Module) -> int:
     """Parameters of a module that are not zero; a shared one counts once. Those on the meta device count as zero."""
-    return sum(int(torch.count_nonzero(parameter)) for parameter in module.parameters() if not parameter.is_meta)
+    total = 0
+    for parameter in module.parameters():
+        with numbers_of(parameter):
+            total += 0 if parameter.is_meta else int(torch.count_nonzero(parameter))
+    return total
 
 
 def has_zeros(params: int, nonzero: int) -> bool:

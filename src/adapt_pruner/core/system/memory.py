@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # a process that runs another engine does not hold torch for a figure
     from collections.abc import Iterable, Iterator
 
+    import torch
     from torch import Tensor, nn
 
 
@@ -51,6 +52,15 @@ def usable_bytes() -> int | None:
             cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("inactive_file", "active_file"))
             free = min(free, max(0, most - now + cache))
     return free + held
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes of memory that this process may use in all: what is free and what it holds; None if the system does not say."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device)
+    return usable_bytes()
 
 
 def _sizes_in(path: Path) -> dict[str, int]:

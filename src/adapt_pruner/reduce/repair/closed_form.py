@@ -16,7 +16,7 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.cut import gated
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import Stream, decoder_layers, streams
-from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.model.shelf import at_hand, fetched
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
@@ -104,16 +104,17 @@ def least_squares(
     world.sum_in_place(tokens)
     short, work = 1.0, len(layers) * (1 + factors)
     for index, layer in enumerate(layers):
-        kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
-        fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
-        if sequential:
-            in_layer = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
-            shut = partial(gated, model, axes, Mask({**without.kept, **in_layer}))
-            solved = _fit_behind_pruned(model, layer, index, fits, entering, pruned, numbers, shut=shut)
-        else:
-            solved = _fit_alone(model, layer, index, fits, entering, numbers)
-        for fit in solved:
-            short = max(short, fit.apply(ridge, tokens=float(tokens)))
+        with fetched(layer):
+            kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
+            fits = {name: _Fit(weights[name], keep, hold_out=ridge is None, sequential=sequential) for name, keep in kept.items()}
+            if sequential:
+                in_layer = {axis.name: mask[axis.name] for axis in axes if axis.layer == index and axis.name in mask}
+                shut = partial(gated, model, axes, Mask({**without.kept, **in_layer}))
+                solved = _fit_behind_pruned(model, layer, index, fits, entering, pruned, numbers, shut=shut)
+            else:
+                solved = _fit_alone(model, layer, index, fits, entering, numbers)
+            for fit in solved:
+                short = max(short, fit.apply(ridge, tokens=float(tokens)))
         on_layer(index + 1, work)
     if short > 1:
         raised = (
@@ -137,7 +138,7 @@ def _fit_alone(
     model: nn.Module, layer: nn.Module, index: int, fits: Mapping[str, "_Fit"], entering: Sequence[Stream], numbers: Iterable[int]
 ) -> Iterator["_Fit"]:
     """Show each fit the inputs of the unchanged model in a decoder layer, move its streams on, and yield the fits to be solved."""
-    with casting_once(layer):
+    with at_hand(layer):
         for number, stream in zip(numbers, entering, strict=True):
             with _watching(model, fits) as seen:
                 stream.hidden = stream.through(layer, index)
@@ -170,19 +171,19 @@ def _fit_behind_pruned(
         shut: the context in which all that goes in this layer, and in the whole model, is shut.
     """
     inputs: list[dict[str, Tensor]] = []
-    with casting_once(layer):
+    with at_hand(layer):
         for stream in entering:
             with _watching(model, fits) as seen:
                 stream.hidden = stream.through(layer, index)
             inputs.append(seen)
     for name, fit in fits.items():
-        with shut(), casting_once(layer):
+        with shut(), at_hand(layer):
             for number, stream, before in zip(numbers, pruned, inputs, strict=True):
                 with _watching(model, [name]) as seen:
                     stream.through(layer, index)
                 fit.add(before[name], seen[name], number)
         yield fit
-    with shut(), casting_once(layer):
+    with shut(), at_hand(layer):
         for stream in pruned:
             stream.hidden = stream.through(layer, index)
 
@@ -325,19 +326,20 @@ def mean_bias(
         module.bias = nn.Parameter(module.weight.new_zeros(module.weight.shape[0]))
         model.config.output_bias = True  # type: ignore[union-attr]
     for index, layer in enumerate(layers):
-        kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
-        sums = {name: weights[name].new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
-        with casting_once(layer):
-            for stream in entering:
-                with _watching(model, kept) as seen:
-                    stream.hidden = stream.through(layer, index)
-                for name in kept:
-                    sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
-        world.sum_in_place(*sums.values())
-        for name, total in sums.items():
-            module = model.get_submodule(name)
-            goes = ~kept[name].to(total.device)
-            module.bias += (weights[name][:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
+        with fetched(layer):
+            kept, weights = _kept(axes, mask, layer=index), _weights(model, axes, layer=index)
+            sums = {name: weights[name].new_zeros(kept[name].numel(), dtype=torch.float64) for name in kept}
+            with at_hand(layer):
+                for stream in entering:
+                    with _watching(model, kept) as seen:
+                        stream.hidden = stream.through(layer, index)
+                    for name in kept:
+                        sums[name] += seen[name].sum(dim=0, dtype=torch.float64)
+            world.sum_in_place(*sums.values())
+            for name, total in sums.items():
+                module = model.get_submodule(name)
+                goes = ~kept[name].to(total.device)
+                module.bias += (weights[name][:, goes].double() @ (total[goes] / float(count))).to(module.bias.dtype)
 
 
 def without_bias(model: nn.Module, axes: Sequence[Axis]) -> list[Any]:

@@ -166,7 +166,8 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
                     per_token = (gradient.float() * given.float()).sum(dim=-1, dtype=torch.float64).cpu()
                     seen[number] += [piece.sum(dim=-1) for piece in per_token.split(PIECE, dim=-1)]
 
-                added.register_hook(backward)
+                if added.requires_grad:  # not where a pass only goes forwards
+                    added.register_hook(backward)
 
             return hook
 

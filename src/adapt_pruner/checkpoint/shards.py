@@ -1,0 +1,78 @@
+"""Write the weights of a model as safetensors files, one tensor after the other, so that one of them is in memory at a time.
+
+The library safetensors wants all tensors of a file at once.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapt_pruner.checkpoint.untrusted import FORMATS
+from adapt_pruner.core.model.shelf import Shelved
+from adapt_pruner.core.system import filenames
+from adapt_pruner.core.system.strict_json import to_json
+
+_SHARD_BYTES = 5_000_000_000  # of a file, as is usual on the hub
+
+
+def tensors_of(model: nn.Module, *, changed: bool = False) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model by name, tied ones once; those on a shelf are without numbers.
+
+    With `changed`, those on a shelf that are as in the model's files are left out.
+    """
+    parameters: dict[str, Tensor] = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if not (changed and isinstance(weight, Shelved) and not weight.changed)
+    }
+    again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return parameters | {name: tensor for name, tensor in model.state_dict().items() if name not in again}
+
+
+def write_shards(
+    tensors: Mapping[str, Tensor], folder: Path, *, dtype: torch.dtype, check: Callable[[str, Tensor], None]
+) -> None:
+    """Write the weights as safetensors files of at most 5 GB with an index, one tensor after the other.
+
+    Args:
+        tensors: by name; those on a shelf are read one by one.
+        folder: where the files go.
+        dtype: the format of floating-point numbers in them.
+        check: called with the name and numbers of each tensor before it is written.
+    """
+    formats = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
+    sizes = {name: tensor.numel() * formats[name].itemsize for name, tensor in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [filenames.WEIGHTS]
+    else:
+        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / filenames.WEIGHTS_INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
+    called = {getattr(torch, torch_name): name for name, torch_name in FORMATS.items()} | {torch.int64: "I64", torch.bool: "BOOL"}
+    for file, names in zip(files, shards, strict=True):
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            offsets = [end, end := end + sizes[name]]
+            header[name] = {"dtype": called[formats[name]], "shape": list(tensors[name].shape), "data_offsets": offsets}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                weight = tensors[name]
+                numbers = weight.stored.read() if isinstance(weight, Shelved) else weight.detach()
+                check(name, numbers)
+                numbers = numbers.to("cpu", formats[name]).contiguous()
+                out.write(numbers.view(-1).view(torch.uint8).numpy().data)
