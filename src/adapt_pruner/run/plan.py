@@ -295,7 +295,7 @@ def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str,
     given = {key: value for key in options if (value := getattr(recipe, key))}
     typed_size = [word for key, value in given.items() for word in (options[key], value)]
     disk: dict[str, Any] = {"offload": "disk", "calibration.source": "TEXT", "calibration.self_generated": 0}
-    from_disk = ["--offload", "disk", "--text", "TEXT", "--set", "calibration.self_generated=0"]
+    from_disk = ["--offload", "disk", "--calibration", "TEXT", "--set", "calibration.self_generated=0"]
     ways: list[tuple[dict[str, Any], list[str]]] = [
         ({}, []),
         (disk, from_disk),
