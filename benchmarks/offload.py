@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from adapt_pruner.checkpoint.load import locate
 from adapt_pruner.checkpoint.shards import tensors_of, write_shards
-from adapt_pruner.core.model.shelf import Shelf, Shelved
+from adapt_pruner.core.model.shelf import Shelf, Shelved, Stored
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.run.estimate import process_bytes
 from adapt_pruner.run.plan import memory, setup_of
@@ -52,7 +51,7 @@ KEYS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Drawn(Stored):
     """Random numbers in the place of stored ones."""
 
     seed: int
@@ -62,10 +61,6 @@ class Drawn:
     def read(self) -> Tensor:
         """Normal numbers as transformers initialises a Llama."""
         return torch.empty(self.shape, dtype=self.dtype).normal_(0, 0.02, generator=torch.Generator().manual_seed(self.seed))
-
-    def at(self, index: Mapping[int, Tensor]) -> "Drawn":
-        """Not needed here."""
-        raise NotImplementedError
 
 
 def config_of(like: str, layers: int) -> Any:

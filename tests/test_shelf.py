@@ -113,7 +113,10 @@ def test_scratch_is_gone_and_the_source_is_as_it_was(
         pruned(tiny_folder, text_file, tmp_path / "other", "adaptive-ls-v1", offload="disk")
     monkeypatch.setenv("ADAPT_PRUNER_SCRATCH", str(scratch))
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=10**9, used=0, free=1000))
-    with pytest.raises(UsageError, match=r"has 0.0 GiB left, and what is changed .*ADAPT_PRUNER_SCRATCH"):
+    with pytest.raises(
+        UsageError,
+        match=r"has 0.0 GiB left, and pruning writes up to 0.0 GiB of changed weights and hidden states there; make room, .*ADAPT_PRUNER_SCRATCH",
+    ):
         pruned(tiny_folder, text_file, tmp_path / "other", "adaptive-ls-v1", offload="disk")
     assert not (tmp_path / "other").exists()
 
@@ -166,19 +169,22 @@ def test_a_damaged_source(change: Any, said: str, tiny_folder: Path, text_file: 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_changes_meanwhile(tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("method", "nth"), [("llm-pruner", 40), ("magnitude", 12)], ids=["a layer", "a single weight"])
+def test_a_source_that_changes_meanwhile(
+    method: str, nth: int, tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     reads, read_one = [], Source.read
 
     def touch(self: Source, offset: int, size: int) -> torch.Tensor:
         reads.append(offset)
-        if len(reads) == 40:
+        if len(reads) == nth:
             os.utime(folder / "model.safetensors")
         return read_one(self, offset, size)
 
     monkeypatch.setattr(Source, "read", touch)
     with pytest.raises(RunError, match="changed while it was read"):
-        pruned(folder, text_file, tmp_path / "out", "llm-pruner", offload="disk")
+        pruned(folder, text_file, tmp_path / "out", method, offload="disk")
 
 
 def test_the_next_layer_is_read_while_one_is_worked_on(tiny_folder: Path) -> None:

@@ -14,7 +14,6 @@ import itertools
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -203,7 +202,7 @@ def load_that_fits(
         on_disk, stored = weight_bytes(Path(folder)), getattr(torch, stored_dtype(folder, None) or "float32")
         if _ROOM * on_disk * (dtype or stored).itemsize / stored.itemsize > free:
             config = read_config(folder, {"trust_remote_code": False}, name, any_family=True)
-            shelving = Shelving.at("disk" if families.is_known(config) else "none", Path(tempfile.gettempdir()))
+            shelving = Shelving.at("disk" if families.is_known(config) else "none")
     return load(name, device=device, dtype=dtype, shelving=shelving, **options)
 
 

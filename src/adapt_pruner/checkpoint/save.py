@@ -195,7 +195,9 @@ def save(
     """
     config = _config(model, dtype, as_it_says=weights is not None)
     shelved = weights is None and is_shelved(model)
-    state: dict[str, torch.Tensor] = tensors_of(model, changed=changed) if shelved else dict(weights or model.state_dict())
+    state: dict[str, torch.Tensor] = (
+        tensors_of(model, changed=changed) if shelved else dict(model.state_dict() if weights is None else weights)
+    )
     if not shelved:
         check_finite(Path(path), state, dtype=dtype)
     check_fits(Path(path), state, dtype=dtype)

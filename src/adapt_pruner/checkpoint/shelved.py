@@ -7,6 +7,7 @@ safetensors does not tell offsets. What has one dimension (norms, biases) is rea
 import json
 import os
 import struct
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from transformers import GenerationConfig
 
 from adapt_pruner.checkpoint.config import random_model
 from adapt_pruner.checkpoint.untrusted import FORMATS, weight_files
+from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.model.layers import decoder_layers
-from adapt_pruner.core.model.shelf import SCRATCH, InFile, InMemory, Shelf, Shelved, Source, absent, fetch_on_call
+from adapt_pruner.core.model.shelf import SCRATCH, InFile, InMemory, Shelf, Shelved, Source, absent, fetch_on_call, on_shelf
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import RunError, UsageError
 
@@ -41,11 +43,14 @@ class Shelving:
     scratch: Path | None
 
     @classmethod
-    def at(cls, place: Offload, beside: Path) -> "Shelving | None":
-        """For a place as a recipe names it; changed weights go to the folder in ADAPT_PRUNER_SCRATCH, or to `beside`."""
+    def at(cls, place: Offload, beside: Path | None = None) -> "Shelving | None":
+        """For a place as a recipe names it.
+
+        Changed weights go to the folder in ADAPT_PRUNER_SCRATCH, or to `beside`, or to the system's folder for temporary files.
+        """
         if place == "none":
             return None
-        return cls(expanded(os.environ.get(SCRATCH, "") or beside) if place == "disk" else None)
+        return cls(expanded(os.environ.get(SCRATCH, "") or beside or tempfile.gettempdir()) if place == "disk" else None)
 
     @property
     def place(self) -> Offload:
@@ -129,7 +134,7 @@ def shelved_model(
         with suppress(OSError):  # there is no such file
             model.generation_config = GenerationConfig.from_pretrained(folder)
     inside = {module for layer in decoder_layers(model) for module in layer.modules()}
-    outside = (module for module in model.modules() if module not in inside and on_shelf_directly(module))
+    outside = (module for module in model.modules() if module not in inside and on_shelf(module, recurse=False))
     for module in (*decoder_layers(model), *outside):
         fetch_on_call(module)
     return model
@@ -163,13 +168,8 @@ def _fill_buffers(model: Any, stored: dict[str, InFile], name: str) -> None:
     left = [full for full in stored if not any(pattern in full for pattern in ignored)]
     if left:
         raise RunError(
-            f"the weights of {name} exceed its config by {len(left)} tensors, for example {min(left)!r}; get the right files"
+            f"the weights of {name} exceed its config by {counted(len(left), 'tensor')}, for example {min(left)!r}; get the right files"
         )
-
-
-def on_shelf_directly(module: nn.Module) -> bool:
-    """Whether a module, not one inside it, has a weight on a shelf."""
-    return any(isinstance(weight, Shelved) for weight in module.parameters(recurse=False))
 
 
 @contextmanager

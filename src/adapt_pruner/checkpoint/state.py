@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -112,7 +112,12 @@ def read_state(path: Path, *, thorough: bool = True) -> dict[str, Any]:
 
 
 def load_state(
-    path: Path, state: Mapping[str, Any], *, device: torch.device, offload: str = "auto", trust_remote_code: bool = False
+    path: Path,
+    state: Mapping[str, Any],
+    *,
+    device: torch.device,
+    offload: Offload | Literal["auto"] = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[Loaded, dict[str, Tensor]]:
     """The model of a checkpoint that `read_state` has checked, and its moments and additions by name.
 
@@ -127,7 +132,8 @@ def load_state(
     if place == "none":
         loaded = load(str(path), device=device, unmerged=True)
     else:
-        shelving = Shelving.at("cpu" if offload == "cpu" else "disk" if offload == "disk" else place, path.parent.parent)
+        beside = path.parent.parent
+        shelving = Shelving.at(place if offload == "auto" else offload, beside) or Shelving.at(place, beside)
         loaded = load(state["model"], device=device, trust_remote_code=trust_remote_code, shelving=shelving)
         cut(loaded.model, families.axes(loaded.model), Mask.from_json(state["mask"]))
         lay_over(loaded.model, path)

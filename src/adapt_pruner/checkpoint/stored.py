@@ -1,8 +1,6 @@
 """A checkpoint's weights one by one, for who needs each of them once and never all of them together."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ def load_unread(name: str, *, trust_remote_code: bool = False) -> Loaded:
         RunError: its files are damaged.
     """
     try:
-        return load(name, trust_remote_code=trust_remote_code, shelving=Shelving(Path(tempfile.gettempdir())))
+        return load(name, trust_remote_code=trust_remote_code, shelving=Shelving.at("disk"))
     except UsageError:  # of a model that cannot be loaded at all, this tells, too
         return load(name, trust_remote_code=trust_remote_code)
 

@@ -50,7 +50,7 @@ from adapt_pruner.recipe import Recipe
 from adapt_pruner.report.comparison import comparison_page, comparison_panels
 from adapt_pruner.report.page import write_page
 from adapt_pruner.report.paper import has_png, write_pictures
-from adapt_pruner.run.start import room
+from adapt_pruner.run.start import placed
 from adapt_pruner.work import Work
 
 _KIND = "comparison"
@@ -122,7 +122,7 @@ def _check_room(request: Request) -> None:
     for cell in request.cells(count_parameters(model), decoder_parameters(model), experts):
         trouble = ""
         with suppress(UsageError):  # a cell that cannot be made says so when its turn comes
-            trouble = room(cell.recipe, trust_remote_code=request.trust_remote_code)
+            _, trouble = placed(cell.recipe, trust_remote_code=request.trust_remote_code)
         if trouble:
             raise UsageError(f"{cell.method}: {trouble}")
 

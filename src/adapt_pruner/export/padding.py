@@ -151,7 +151,7 @@ def widening(model: Any, sizes: Sequence[LayerSizes]) -> Callable[[str, Tensor],
 
 
 @dataclass(frozen=True)
-class _Widened:
+class _Widened(Stored):
     """A weight on a shelf that is padded when it is read."""
 
     stored: Stored
@@ -167,10 +167,6 @@ class _Widened:
     def read(self) -> Tensor:
         """See `Stored`."""
         return _widened(self.stored.read(), self.dim, self.blocks, self.blocks_new)
-
-    def at(self, index: Mapping[int, Tensor]) -> Stored:
-        """Padding is the last change before a model is written, so nothing is cut from it."""
-        raise NotImplementedError
 
 
 def _widened(tensor: Tensor, dim: int, blocks: tuple[int, ...], blocks_new: tuple[int, ...]) -> Tensor:

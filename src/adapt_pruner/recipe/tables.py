@@ -153,7 +153,7 @@ class Training(Frozen):
     gradient_checkpointing: bool = Field(False, description="save memory: compute activations twice instead of keeping them")
     compile: bool = Field(
         False,
-        description="compile the decoder with torch.compile, again after each stage's cuts, and what torchao's optimisers do",
+        description="compile the decoder with torch.compile, again after each stage's cuts, and the steps of adamw8bit and adamw4bit",
     )
     liger: bool = Field(False, description="use the fused kernels of liger-kernel (CUDA only)")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint.shelved import Offload
 from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.layers import HIDDEN_BYTES, LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
@@ -126,7 +127,7 @@ class Setup:
     teacher: Shapes | None = None
     processes: int = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    offload: Literal["none", "cpu", "disk"] = "none"
+    offload: Offload = "none"
     file_bytes: int = 4
 
     @property

@@ -17,7 +17,7 @@ from adapt_pruner.reduce.units import mask_to, prunable, sizes_alike
 from adapt_pruner.run.estimate import PAPER, Setup, Speed, process_bytes, shapes
 from adapt_pruner.run.plan import memory, phases, seconds, setup_of, too_large
 from adapt_pruner.run.probe import scoring_speed
-from adapt_pruner.run.start import begin, on_paper, prepare, room
+from adapt_pruner.run.start import begin, on_paper, placed, prepare
 from adapt_pruner.work import Work
 
 
@@ -27,9 +27,9 @@ def dry_run(
     """The plan of a run, with its time and memory; for arguments, result and errors see `api.pruning.dry_run`."""
     recipe = recipe.ready()
     here = has_weights(recipe.model)
-    trouble = room(recipe, trust_remote_code=trust_remote_code) if here else ""
+    place, trouble = placed(recipe, trust_remote_code=trust_remote_code) if here else ("none", "")
     if here and not trouble:
-        work = begin(recipe, listen, trust_remote_code=trust_remote_code)
+        work = begin(recipe, listen, trust_remote_code=trust_remote_code, place=place)
         prepare(work, write=False)
         teacher = None if work.data.teacher is None else shapes(work.data.teacher)
         how = setup_of(work, teacher=teacher, processes=processes)

@@ -47,7 +47,7 @@ def prune(
     started, out = time.perf_counter(), Path(out)
     world.check_alone("prune")
     check_target(out)
-    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code, check=True, scratch=out.absolute().parent)
+    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code, scratch=out.absolute().parent)
     work.started = started
     prepare(work)
     check_result(work, out)

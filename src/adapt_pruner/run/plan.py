@@ -48,13 +48,8 @@ from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.work import Stage, Work
 
 _GIB = 2**30
-_READS = {
-    "score": 2,
-    "blocks": 2,
-    "heads": 2,
-    "repair": 4,
-    "evaluate": 1,
-}  # of all weights, in an iteration, with weights on disk
+_READS = {"score": 2, "blocks": 2, "heads": 2, "repair": 4, "evaluate": 1}
+"""Phase -> how often it reads all weights, with weights on disk."""
 _FLOAT = 4  # bytes of a number in a checkpoint
 
 
@@ -104,7 +99,7 @@ def offload_of(work: Work, how: Setup, *, free: int | None) -> Offload:
     """Where the weights of a run lie while no pass needs them: as its recipe says; with `auto`, the first place that fits, or memory."""
     if work.recipe.offload != "auto":
         return work.recipe.offload
-    if needs_whole_model(work) or free is None or most_bytes(work, how) <= free:
+    if free is None or most_bytes(work, how) <= free or needs_whole_model(work):
         return "none"
     places: tuple[Offload, ...] = ("cpu", "disk")
     return next((place for place in places if most_bytes(work, replace(how, offload=place)) <= free), "none")
@@ -294,17 +289,13 @@ def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str,
     options = {"budget": "--params", "sparsity": "--sparsity", "latency": "--latency"}
     given = {key: value for key in options if (value := getattr(recipe, key))}
     typed_size = [word for key, value in given.items() for word in (options[key], value)]
-    disk: dict[str, Any] = {"offload": "disk", "calibration.source": "TEXT", "calibration.self_generated": 0}
-    from_disk = ["--offload", "disk", "--calibration", "TEXT", "--set", "calibration.self_generated=0"]
-    ways: list[tuple[dict[str, Any], list[str]]] = [
-        ({}, []),
-        (disk, from_disk),
-        ({"method": "magnitude-all"}, ["--method", "magnitude-all"]),
-    ]
-    if recipe.latency:  # its size is measured on whole models
-        ways = [way for way in ways if way[0] is not disk]
-    if recipe.sparsity:
-        ways = [({"method": "magnitude-sparse"}, ["--method", "magnitude-sparse"])]
+    lightest = "magnitude-sparse" if recipe.sparsity else "magnitude-all"
+    ways: list[tuple[dict[str, Any], list[str]]] = [({"method": lightest}, ["--method", lightest])]
+    if not (recipe.sparsity or recipe.latency):  # zeros, and a size that is measured, need the whole model
+        from_disk = {"offload": "disk", "calibration.source": "TEXT", "calibration.self_generated": 0}
+        ways.insert(0, (from_disk, ["--offload", "disk", "--calibration", "TEXT", "--set", "calibration.self_generated=0"]))
+    if not recipe.sparsity:
+        ways.insert(0, ({}, []))
     for keys, words in ways:
         place: Offload = keys.get("offload", "none")
         pruning = Work.of(model, to_prune({**common, **given, **keys}))
@@ -326,8 +317,8 @@ def check_scratch(work: Work, scratch: Path) -> None:
         raise UsageError(f"{scratch} is no folder, and changed weights would go there; make it, or name another in {SCRATCH}")
     if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed + hidden)):
         raise UsageError(
-            f"{scratch} has {free / _GIB:.1f} GiB left, and what is changed on the way takes up to {needed / _GIB:.1f} GiB; make room, or name a "
-            f"folder on another disk in {SCRATCH}"
+            f"{scratch} has {free / _GIB:.1f} GiB left, and pruning writes up to {needed / _GIB:.1f} GiB of changed weights and hidden states there; "
+            f"make room, or name a folder on another disk in {SCRATCH}"
         )
 
 

@@ -25,7 +25,7 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.plan import check_memory, most_bytes, setup_of
-from adapt_pruner.run.start import begin, plan, room
+from adapt_pruner.run.start import begin, placed, plan
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
 from adapt_pruner.train.kernels import kernels
@@ -59,9 +59,10 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
         UsageError: the model cannot be loaded, does not fit into memory, or is smaller than the budget.
     """
     began = time.perf_counter()
-    if trouble := room(recipe, trust_remote_code=trust_remote_code, again=True):
+    place, trouble = placed(recipe, trust_remote_code=trust_remote_code, again=True)
+    if trouble:
         raise UsageError(trouble)
-    work = begin(recipe, listen, trust_remote_code=trust_remote_code)
+    work = begin(recipe, listen, trust_remote_code=trust_remote_code, place=place)
     load = time.perf_counter() - began
     work.stages, work.budget = plan(work)
     model, device, free = work.model, work.model.device, free_bytes(work.model.device)

@@ -36,7 +36,7 @@ def resumed(
     origin = identity(recipe.model)
     tensors: Mapping[str, Tensor] = {}
     if path is None:
-        work = begin(recipe, tell, trust_remote_code=trust_remote_code, check=True, scratch=folder.path)
+        work = begin(recipe, tell, trust_remote_code=trust_remote_code, scratch=folder.path)
     else:
         if saved["identity"] != origin:  # the same files may lie at another path now
             raise UsageError(

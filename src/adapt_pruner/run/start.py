@@ -1,7 +1,6 @@
 """Prepare a run: load the model, plan its stages and find the texts that they read."""
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -90,16 +89,12 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
     return work, replace(how, offload=offload_of(work, how, free=PAPER[device].memory))
 
 
-def room(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False) -> str:
-    """A sentence if a run takes more memory than is free here; else an empty one, as where config.json does not tell the sizes.
+def placed(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = False) -> tuple[Offload, str]:
+    """Where the weights of a run will lie, and a sentence if it takes more memory than is free here, or else an empty one.
 
-    With `again`, the run may use gradient checkpointing although the recipe does not say so.
+    Where config.json does not tell the sizes, `auto` is in memory and the sentence is empty. With `again`, the run may use gradient
+    checkpointing although the recipe does not say so.
     """
-    return _place(recipe, trust_remote_code=trust_remote_code, again=again)[1]
-
-
-def _place(recipe: Recipe, *, trust_remote_code: bool, again: bool = False) -> tuple[Offload, str]:
-    """Where the weights of a run will lie, and the sentence of `room`."""
     if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
         return "none" if recipe.offload == "auto" else recipe.offload, ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
@@ -108,22 +103,29 @@ def _place(recipe: Recipe, *, trust_remote_code: bool, again: bool = False) -> t
 
 
 def begin(
-    recipe: Recipe, listen: Listener, *, trust_remote_code: bool = False, check: bool = False, scratch: Path | None = None
+    recipe: Recipe,
+    listen: Listener,
+    *,
+    trust_remote_code: bool = False,
+    place: Offload | None = None,
+    scratch: Path | None = None,
 ) -> Work:
     """A run at its start: load the model, cut its vocabulary and turn a latency into a number of parameters.
 
-    With `check`, a run that takes more memory than is free here is refused before its weights are read. `scratch` is the folder for
-    changed weights of a model whose weights stay on disk; ADAPT_PRUNER_SCRATCH goes before it.
+    Without a `place` for its weights, one that fits is found, and a run that takes more memory than is free here is refused before
+    its weights are read. `scratch` is the folder for changed weights of a model whose weights stay on disk; ADAPT_PRUNER_SCRATCH
+    goes before it.
 
     Raises:
-        UsageError: the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
+        UsageError: there is too little memory, the model cannot be loaded, its vocabulary cannot be cut, or the latency cannot be reached.
     """
     listen(Load(model=recipe.model))
-    place, trouble = _place(recipe, trust_remote_code=trust_remote_code)
-    if check and trouble:
-        raise UsageError(trouble)
+    if place is None:
+        place, trouble = placed(recipe, trust_remote_code=trust_remote_code)
+        if trouble:
+            raise UsageError(trouble)
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
-    shelving = Shelving.at(place, scratch or Path(tempfile.gettempdir()))
+    shelving = Shelving.at(place, scratch)
     loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
     dense = count_parameters(loaded.model)
     checked = families.summary(loaded.model.config)

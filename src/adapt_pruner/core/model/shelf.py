@@ -41,11 +41,12 @@ class Stored(Protocol):
         """The numbers, on the CPU or the device where they lie, in the format in which they are stored; not to be changed."""
 
     def at(self, index: Mapping[int, Tensor]) -> "Stored":
-        """The numbers at these indices along these dimensions."""
+        """The numbers at these indices along these dimensions; they are read for this, unless a class knows better."""
+        return InMemory(select(self.read(), index))
 
 
 @dataclass(frozen=True)
-class InMemory:
+class InMemory(Stored):
     """Numbers that stay in memory as they are stored."""
 
     numbers: Tensor
@@ -58,10 +59,6 @@ class InMemory:
     def read(self) -> Tensor:
         """See `Stored`."""
         return self.numbers
-
-    def at(self, index: Mapping[int, Tensor]) -> "InMemory":
-        """See `Stored`."""
-        return InMemory(select(self.numbers, index))
 
 
 class Source:
@@ -228,7 +225,7 @@ class Shelf:
 
     @property
     def on_disk(self) -> bool:
-        """Whether changed weights, and what passes lay here, go to a disk."""
+        """Whether the shelf writes to a disk: changed weights, and the hidden states that a pass keeps."""
         return self._scratch is not None
 
     def laid(self, numbers: Tensor) -> Stored:
@@ -274,6 +271,12 @@ class Shelf:
             self._read_next(layers[0])
         return found
 
+    def read_alone(self, weight: Shelved) -> Tensor:
+        """The stored numbers of a weight; what is read ahead stays."""
+        numbers = weight.stored.read()
+        self.read_bytes += numbers.nbytes
+        return numbers
+
     def _read_next(self, layer: nn.Module) -> None:
         stack = list(self._stack())
         now = next((index for index, other in enumerate(stack) if other is layer), None)
@@ -303,9 +306,9 @@ SCRATCH = "ADAPT_PRUNER_SCRATCH"
 """The environment variable that names the folder for changed weights."""
 
 
-def on_shelf(*modules: nn.Module) -> list[Shelved]:
-    """The distinct parameters of modules that lie on a shelf, in order."""
-    found = (weight for module in modules for weight in module.parameters() if isinstance(weight, Shelved))
+def on_shelf(*modules: nn.Module, recurse: bool = True) -> list[Shelved]:
+    """The distinct parameters of modules that lie on a shelf, in order; with `recurse` also those of modules inside."""
+    found = (weight for module in modules for weight in module.parameters(recurse) if isinstance(weight, Shelved))
     return list(dict.fromkeys(found))
 
 
@@ -321,15 +324,11 @@ def bytes_read(model: nn.Module) -> int:
 
 
 @contextmanager
-def fetched(*layers: nn.Module, narrow: torch.dtype | None = None) -> Iterator[None]:
-    """Within this context the numbers of these layers are at hand; what was changed in place goes back to the shelf.
-
-    Numbers that are stored in the format `narrow` are not widened, for products that would be made in that format anyway.
-    """
-    away = [weight for weight in on_shelf(*layers) if not weight.here]
+def _filled(away: Sequence[Shelved], read: Callable[[], list[Tensor]], narrow: torch.dtype | None = None) -> Iterator[None]:
+    """Within this context what `read` returns is in these parameters; what was changed in place goes back to the shelf."""
     try:
         if away:
-            found = away[0].shelf.read(away, layers)
+            found = read()
             for weight in away:
                 weight.fetch(found.pop(0), narrow=narrow)
         yield
@@ -339,6 +338,17 @@ def fetched(*layers: nn.Module, narrow: torch.dtype | None = None) -> Iterator[N
                 weight.put_back()
         if away:
             torch.clear_autocast_cache()  # otherwise an enclosing autocast keeps cast copies of every layer
+
+
+@contextmanager
+def fetched(*layers: nn.Module, narrow: torch.dtype | None = None) -> Iterator[None]:
+    """Within this context the numbers of these layers are at hand; what was changed in place goes back to the shelf.
+
+    Numbers that are stored in the format `narrow` are not widened, for products that would be made in that format anyway.
+    """
+    away = [weight for weight in on_shelf(*layers) if not weight.here]
+    with _filled(away, lambda: away[0].shelf.read(away, layers), narrow):
+        yield
 
 
 @contextmanager
@@ -362,18 +372,11 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def numbers_of(*weights: nn.Parameter) -> Iterator[None]:
-    """Within this context the numbers of these parameters are at hand; the rest of their layers stay on the shelf."""
-    away = [weight for weight in weights if isinstance(weight, Shelved) and not weight.here]
-    try:
-        for weight in away:
-            numbers = weight.stored.read()
-            weight.shelf.read_bytes += numbers.nbytes
-            weight.fetch(numbers)
+def numbers_of(weight: nn.Parameter) -> Iterator[None]:
+    """Within this context the numbers of a parameter are at hand; the rest of its layer stays on the shelf."""
+    away = [weight] if isinstance(weight, Shelved) and not weight.here else []
+    with _filled(away, lambda: [away[0].shelf.read_alone(away[0])]):
         yield
-    finally:
-        for weight in away:
-            weight.put_back()
 
 
 def fetch_on_call(layer: nn.Module) -> None:
