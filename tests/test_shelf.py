@@ -20,6 +20,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.shelved import Shelving
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.shelf import InFile, Shelf, Source, fetched, on_shelf
+from adapt_pruner.core.system import memory
 from adapt_pruner.data.windows import MICRO_TOKENS
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -165,6 +166,19 @@ def test_rows_that_cannot_say_so(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         pruned(tiny_folder, text_file, tmp_path / "out", method, offload="disk", **keys)
+
+
+def test_a_device_smaller_than_a_layer_is_refused_before_anything_is_read(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 10**5)
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("it was read"))
+    for place in ("disk", "auto"):
+        with pytest.raises(
+            UsageError, match="GiB of memory to prune, but only 0.0 GiB are free; nothing that makes it smaller fits"
+        ):
+            pruned(tiny_folder, text_file, tmp_path / "out", "adaptive-ls-v1", offload=place)
+    assert not (tmp_path / "out").exists()
 
 
 def broken(folder: Path, change: Callable[[bytes], bytes]) -> None:
