@@ -450,6 +450,24 @@ def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
     assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes are for an H100" in text
 
 
+def test_the_plan_lists_other_places_and_processes() -> None:
+    """8B trained in float32: not on a card of 80 GB, wherever the weights lie while it prunes; on eight it is."""
+    training = {"source": "text", "tokens": "10M", "batch_tokens": 65_536, "length": 1024}
+    keys = {
+        "model": str(CONFIGS / "llama-3.1-8b"), "budget": "80%", "device": "cuda", "training": training,
+        "calibration": {"source": "text", "self_generated": 0},
+    }  # fmt: skip
+    plan = dry_run(read(keys))
+    ways = [(way["offload"], way["processes"], way["fits"]) for way in plan["ways"]]
+    places = [("none", 1, False), ("cpu", 1, False), ("disk", 1, False)]
+    assert ways == [*places, ("disk", 2, False), ("disk", 4, False), ("disk", 8, True)]
+    assert plan["ways"][0]["bytes"] == plan["peak_bytes"]
+    assert plan["ways"][2]["seconds"] > plan["ways"][0]["seconds"], "it reads the weights again and again"
+    assert re.search(r"with these settings, a model of about \d\.\d+ B parameters would fit", plan["too_large"])
+    pruning = dry_run(read({**keys, "training": {}, "device": "cpu"}))
+    assert [way["offload"] for way in pruning["ways"]] == ["none", "cpu", "disk"]
+
+
 def test_shrink_plans_7b_on_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the page about a card of 24 GB says; and on 80 GB of another model nothing changes."""
     keys = {

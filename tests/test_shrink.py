@@ -402,6 +402,7 @@ def test_the_command_that_fits_is_named_and_fits(
     assert (status, "GiB of memory to train, but only" in lines, words in lines) == (2, True, True)
     status, said, lines = ask("run", trained, "--dry-run")
     assert (status, f"it does not fit: {tiny_folder} needs" in said) == (0, True)
+    assert re.search(r"in memory +1 +\d\.\d\d GiB .* no\n", said), said
     command = ("compare", tiny_folder, "-o", tmp_path / "compared", "--params", "70%", "--text", text)
     status, _, lines = ask(*command, "--methods", "adapt-pruner", "--calibration", text)
     assert (status, "adapt-pruner: " in lines, "GiB of memory to prune, but only" in lines) == (2, True, True), lines

@@ -91,10 +91,12 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
 
 
 def _ways(work: Work, how: Setup) -> Iterator[Setup]:
-    """Where the weights may lie, on one process; and if the run trains, several processes with a share of them each."""
+    """Where the weights may lie, on one process; and if the run trains on GPUs, several with a share of them each."""
     for place in PLACES[:1] if needs_whole_model(work) else PLACES:
         how = replace(how, offload=place, processes=1)
         yield how
+    if how.device == "cpu":
+        return
     try:
         recipes.read(work.recipe.model_dump(mode="json", exclude_unset=True), values={"parallel": "fsdp"})
     except UsageError:  # it does not train, or in a way that cannot be spread
