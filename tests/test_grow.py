@@ -1,6 +1,8 @@
 """Growth: each way computes what the model did, loads in stock transformers and learns; what cannot grow is refused in a sentence."""
 
 import copy
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from adapt_pruner.run.conversations import dense_again
 from adapt_pruner.run.start import begin
 from adapt_pruner.train.objectives import lm
 from conftest import VOCAB, assert_same_model, break_off, byte_tokenizer, log_of, saved, tiny_model, tiny_moe
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from inheritance import CODE, ENGLISH, larger_tokenizer
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 LAYOUTS = [
@@ -257,3 +262,43 @@ def test_models_without_a_class_with_experts_are_refused() -> None:
         with_experts(tiny_model(("llama", "qwen2")), 4, 2)
     with pytest.raises(UsageError, match=r"does not hold the grown weights: 'model.layers.0.* such as biases"):
         with_experts(tiny_model(("llama", "llama-mha-biased")), 4, 2)
+
+
+def test_knowledge_is_inherited_in_stages_by_the_recipes_of_cpm_2(text_file: Path, tmp_path: Path) -> None:
+    """The three recipes as they come, on tiny texts; the tokenizer as benchmarks/inheritance.py makes it."""
+    code = [f"def area_{i}(width, height):\n    return width * height + {i}\n" for i in range(300)]
+    old = byte_tokenizer()
+    larger = larger_tokenizer(old, code, added=20)
+    assert {token: larger.get_vocab()[token] for token in old.get_vocab()} == old.get_vocab()
+    assert len(larger) == len(old) + 20
+    assert larger.decode(larger(code[7])["input_ids"]) == code[7]
+    assert len(larger(code[7])["input_ids"]) < 0.6 * len(old(code[7])["input_ids"])
+    saved(tmp_path / "first", tiny_model(vocab_size=VOCAB), old)
+    larger.save_pretrained(tmp_path / "second")
+    (tmp_path / ENGLISH).write_text(
+        "\n".join(json.dumps({"text": text_file.read_text()[i : i + 500]}) for i in range(0, 20000, 500))
+    )
+    (tmp_path / CODE).write_text("\n".join(json.dumps({"text": "\n".join(code[i : i + 5])}) for i in range(0, 300, 5)))
+    small = {"tokens": 512, "batch_tokens": 256, "length": 32}
+    values: dict[str, Any] = {f"training.{key}": value for key, value in small.items()} | {
+        "evaluation.max_windows": 4,
+        "evaluation.window": 32,
+    }
+    values["evaluation.source"] = {f"{tmp_path / name}#heldout": 1 for name in (ENGLISH, CODE)}
+    models, model = [], tmp_path / "first"
+    for stage in ("first", "second", "experts"):
+        text = {f"{tmp_path / name}#train": 1 for name in ((ENGLISH,) if stage == "first" else (ENGLISH, CODE))}
+        grow = {"grow.vocabulary": str(tmp_path / "second")} if stage == "second" else {}
+        outcome = run(
+            read(f"cpm-2-{stage}", values=values | grow | {"model": str(model), "training.source": text}),
+            tmp_path / "runs" / stage,
+        )
+        assert outcome is not None
+        models.append(outcome.loaded.model)
+        model = tmp_path / "runs" / stage / "model"
+    assert [found.config.vocab_size for found in models] == [len(old), len(larger), len(larger)]
+    assert [found.config.model_type for found in models] == ["llama", "llama", "mixtral"]
+    assert {name.rpartition("/")[2] for name in log_of(tmp_path / "runs" / "experts", "evaluation")[-1]["by_text"]} == {
+        f"{ENGLISH}#heldout",
+        f"{CODE}#heldout",
+    }
