@@ -179,7 +179,12 @@ def writing_planned(work: Work, *, text: str | None, seconds: float | None, text
         texts: how many texts the user asks for; None for as many as are sensible.
     """
     chats = bool(getattr(work.tokenizer, "chat_template", None))
-    if not work.model.can_generate() or work.weight_mask is not None or not (chats or text is None):
+    if (
+        work.loaded.offload != "none"
+        or not work.model.can_generate()
+        or work.weight_mask is not None
+        or not (chats or text is None)
+    ):
         return Writing(SELF, 0)
     speed = _writing_speed(work)
     base, each = (_base(text), _CONVERSATION) if chats else (SELF, work.recipe.training.length)

@@ -103,8 +103,9 @@ def placed(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = Fal
     if locate(recipe.model)[1] is not None or recipe.vocabulary is not None or recipe.grow is not None:
         return "none" if recipe.offload == "auto" else recipe.offload, ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
-    how = replace(how, checkpointing=how.checkpointing or again)
-    return how.offload, too_large(work, how, free=free_bytes(pick_device(recipe.device)))
+    free, how = free_bytes(pick_device(recipe.device)), replace(how, checkpointing=how.checkpointing or again)
+    how = replace(how, offload=offload_of(work, how, free=free))
+    return how.offload, too_large(work, how, free=free)
 
 
 def begin(
