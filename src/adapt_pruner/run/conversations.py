@@ -20,6 +20,7 @@ from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.chat import FEW, LONGEST, MANY
 from adapt_pruner.evaluate.tasks import fingerprint
+from adapt_pruner.grow import grown
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
@@ -106,7 +107,8 @@ def dense_again(work: Work, lost: str) -> Any:
         raise UsageError(
             f"{lost} and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
-    return load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code).model
+    loaded = load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code)
+    return grown(loaded, work.recipe.grow, seed=work.recipe.seed).model
 
 
 def dense_fingerprint(work: Work) -> str:
