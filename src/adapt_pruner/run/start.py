@@ -99,7 +99,7 @@ def placed(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = Fal
         return "none" if recipe.offload == "auto" else recipe.offload, ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
     how = replace(how, checkpointing=how.checkpointing or again)
-    return how.offload, too_large(work, how, free=free_bytes(pick_device(recipe.device)))
+    return world.agreed((how.offload, too_large(work, how, free=free_bytes(pick_device(recipe.device)))))
 
 
 def begin(
@@ -123,7 +123,7 @@ def begin(
     if place is None:
         place, trouble = placed(recipe, trust_remote_code=trust_remote_code)
         if trouble:
-            raise UsageError(trouble)
+            raise of_all(UsageError(trouble))
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
     shelving = Shelving.at(place, scratch)
     loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
