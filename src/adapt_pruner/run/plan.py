@@ -80,16 +80,17 @@ def setup_of(
 def needs_whole_model(work: Work) -> str:
     """Why a run needs all weights in memory as float32, in words that begin a sentence; empty if one layer after the other is enough."""
     recipe = work.recipe
-    metrics = () if recipe.training.tokens or not work.reduction.goes_by_layer else metrics_of(work, seed=0)
+    metrics = () if not work.reduction.goes_by_layer else metrics_of(work, seed=0)
     needs = {evidence_of(work, [metric]) for metric in metrics}
     reasons = {
-        "training": bool(recipe.training.tokens),
         f"reduce {recipe.reduce!r}": not work.reduction.goes_by_layer,
         "a latency budget": bool(recipe.latency),
+        f"objective {recipe.training.objective!r}": bool(recipe.training.tokens) and recipe.training.needs_teacher,
         "init=random": recipe.init == "random",
         "a smaller vocabulary": recipe.vocabulary is not None,
         f"metric {recipe.metric!r}": bool(needs & {Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS}),
         "a model with a weight mask": work.weight_mask is not None,
+        "text that the model writes to train on": bool(specs_to_write(recipe)),
         "its self-written text (name another text, and set calibration.self_generated=0)": work.reads_text
         and (writes_text(recipe) or (recipe.repair is not None and recipe.calibration.self_generated > 0)),
     }

@@ -316,8 +316,7 @@ class Trainer:
         work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
-            if training.weights == "bfloat16":
-                stack.enter_context(stored_as(work.model, torch.bfloat16))
+            stack.enter_context(stored_as(work.model, getattr(torch, training.weights)))
             if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
                 stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
