@@ -59,7 +59,12 @@ def prune(
 
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
-    result = unwrap(pruning.prune)(model, output, text=text, progress=True, **options)
+    from adapt_pruner.core.system import world
+
+    with world.joined(lost=_end):
+        result = unwrap(pruning.prune)(model, output, text=text, progress=True, **options)
+    if not world.is_main():
+        return
     figures, dense = result.figures, result.recipe.model
     if as_json:
         print(to_json(figures | {"path": str(output)}))
@@ -140,15 +145,22 @@ def shrink(
 
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
-    if dry_run:
-        with pruning.in_time(place=output, progress=True, **options) as (recipe, _):
-            print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
-        return
+    from adapt_pruner.core.system import world
+
     try:
-        result = unwrap(pruning.shrink)(output=output, progress=True, **options)
+        with world.joined(lost=_end):
+            if dry_run:
+                with pruning.in_time(place=output, progress=True, **options) as (recipe, _):
+                    if world.is_main():
+                        print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
+                return
+            result = unwrap(pruning.shrink)(output=output, progress=True, **options)
     except KeyboardInterrupt:
-        _say_what_there_is(output)
+        if world.is_main():
+            _say_what_there_is(output)
         raise
+    if not world.is_main():
+        return
     figures, recipe, model = result.figures, result.recipe, output / filenames.RESULT
     if as_json:
         print(to_json(figures | {"path": str(model)}))

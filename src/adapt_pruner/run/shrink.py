@@ -180,9 +180,8 @@ def recipe_in_time(
 
     Raises:
         UsageError: the folder holds something else, or a run of another model, size, text, tokens, seed or number format; the
-            model or the text cannot be loaded; the time is too short; or several processes were started.
+            model or the text cannot be loaded; or the time is too short.
     """
-    world.check_alone("shrink")
     named = keys_of(overrides)
     if "about" in named:
         raise UsageError(
@@ -196,7 +195,7 @@ def recipe_in_time(
         "training.tokens": tokens or 1_000_000, "training.length": _TRAINING_ROW, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     }, shared=True)  # fmt: skip
     plain.fitted(named)
-    if (begun := _begun(out, overrides, plain, listen=listen)) is not None:
+    if (begun := world.on_main(lambda: _begun(out, overrides, plain, listen=listen))) is not None:
         return begun
     check_trackers(plain)
     listen(Progress(phase="read", done=0, of=0))
@@ -206,15 +205,15 @@ def recipe_in_time(
     speed, work = probed(probe_recipe, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens, held_out_tokens = parts.tokens(work.tokenizer, length=_TRAINING_ROW)
     own, texts = text is not None, plain.training.written if "training.written" in named else None
-    writing = writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts)
+    writing = world.agreed(writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts))
     if writing.texts and not own:  # what it writes is read as often as need be
         train, held_out = parts_of(writing.base)
         text_tokens, held_out_tokens = _ENDLESS, writing.texts // HELD_OUT * _TRAINING_ROW
         work.recipe = _with_texts(work.recipe, train, held_out)
-    spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
+    spent = world.agreed(time.perf_counter() - started) / 60  # the probe counts against the minutes
     writes = (writing.seconds + writing.answering) / 60
     wanted = Asked(text_tokens, held_out_tokens, own or bool(writing.texts), minutes, tokens, gone=spent + writes)
-    choice = planned(speed, work, wanted)
+    choice = world.on_main(lambda: planned(speed, work, wanted))
     for line in [*choice.lines, *([writing.line] if writing.line else [])]:
         listen(PlanLine(text=line))
     if overrides:
@@ -400,8 +399,11 @@ def _thoroughness(
         UsageError: even the smallest choice takes longer.
     """
     total = asked.left
-    there = max(1, asked.held_out_tokens // _settings(work, ways[0], distilled=False, again=False)["evaluation.window"])
+    usual = _settings(work, ways[0], distilled=False, again=False)
+    there = max(1, asked.held_out_tokens // usual["evaluation.window"])
+    at_least = usual["training.length"] * world.size()  # a row for each process
     for (batch, fewest), most, way in product(_BATCHES.items(), _WINDOWS, ways):
+        batch = -(-batch // at_least) * at_least
         windows, draft = min(most, there), draft_of(way)
         measuring, least = windows * draft.window, fewest * batch / draft.speed
         left = (1 - _SPARE) * total - speed.load - _AFTERWARDS - measuring - answering - draft.prune

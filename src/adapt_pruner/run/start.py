@@ -105,7 +105,7 @@ def placed(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = Fal
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
     free, how = free_bytes(pick_device(recipe.device)), replace(how, checkpointing=how.checkpointing or again)
     how = replace(how, offload=offload_of(work, how, free=free))
-    return how.offload, too_large(work, how, free=free)
+    return world.agreed((how.offload, too_large(work, how, free=free)))
 
 
 def begin(
@@ -129,7 +129,7 @@ def begin(
     if place is None:
         place, trouble = placed(recipe, trust_remote_code=trust_remote_code)
         if trouble:
-            raise UsageError(trouble)
+            raise of_all(UsageError(trouble))
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
     shelving = Shelving.at(place, scratch)
     loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
