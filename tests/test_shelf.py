@@ -131,8 +131,8 @@ def test_scratch_is_gone_and_the_source_is_as_it_was(
     monkeypatch.setenv("ADAPT_PRUNER_SCRATCH", str(scratch))
     before = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     written: list[Path | None] = []
-    keep = Shelf.written
-    monkeypatch.setattr(Shelf, "written", lambda self, numbers: written.append(self._scratch) or keep(self, numbers))
+    keep = Shelf.laid
+    monkeypatch.setattr(Shelf, "laid", lambda self, numbers: written.append(self._scratch) or keep(self, numbers))
     pruned(tiny_folder, text_file, tmp_path / "out", "adaptive-ls-v1", offload="disk")
     assert set(written) == {scratch}
     assert list(scratch.iterdir()) == []
