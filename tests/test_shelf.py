@@ -20,6 +20,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.shelved import Shelving
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.shelf import InFile, Shelf, Source, fetched, on_shelf
+from adapt_pruner.core.system import memory
 from adapt_pruner.data.windows import MICRO_TOKENS
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -167,6 +168,19 @@ def test_rows_that_cannot_say_so(
         pruned(tiny_folder, text_file, tmp_path / "out", method, offload="disk", **keys)
 
 
+def test_a_device_smaller_than_a_layer_is_refused_before_anything_is_read(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 10**5)
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("it was read"))
+    for place in ("disk", "auto"):
+        with pytest.raises(
+            UsageError, match="GiB of memory to prune, but only 0.0 GiB are free; nothing that makes it smaller fits"
+        ):
+            pruned(tiny_folder, text_file, tmp_path / "out", "adaptive-ls-v1", offload=place)
+    assert not (tmp_path / "out").exists()
+
+
 def broken(folder: Path, change: Callable[[bytes], bytes]) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
@@ -265,3 +279,15 @@ def test_weights_are_read_a_few_times(tokenizer: Any, text_file: Path, tmp_path:
     assert 3 <= figures["weights_read"] <= 5
     embeddings = sum(count for shape, count in reads.items() if shape[0] == VOCAB)
     assert embeddings == 8, "of tokens and logits: each once in each of three passes, and to be written"
+
+
+def test_only_the_rows_that_are_left_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process does that holds a share of a weight; those in between are read, too."""
+    weight = on_shelf(load(str(tiny_folder), shelving=Shelving.at("disk", tiny_folder)).model)[-1]
+    whole, sizes, read_one = weight.stored.read(), list[int](), Source.read
+    monkeypatch.setattr(Source, "read", lambda self, offset, size: sizes.append(size) or read_one(self, offset, size))
+    row = whole[0].nbytes
+    for rows in ([2, 5, 3], [], [0]):
+        left = weight.stored.at({0: torch.tensor([9, 1, *range(2, 7)])}).at({0: torch.tensor(rows, dtype=torch.int64)})
+        assert torch.equal(left.read(), whole[[9, 1, *range(2, 7)]][rows])
+    assert sizes == [4 * row, 0, row]

@@ -286,6 +286,9 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+_PLACES = {"none": "in memory", "cpu": "in memory, as stored", "disk": "on disk"}
+
+
 def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe: bool, trust_remote_code: bool) -> None:
     """Print the plan of a run."""
     from adapt_pruner.report.screen import screen
@@ -311,10 +314,16 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
         phases.append([phase, f"{needed['bytes'] / 2**30:.2f} GiB", ", ".join(shares)])
     print()
     print_table(["memory while", "at most", "of which"], phases)
+    ways = [
+        [_PLACES[way["offload"]], str(way["processes"]), f"{way['bytes'] / 2**30:.2f} GiB", span(way["seconds"]), "yes" if way["fits"] else "no"]
+        for way in plan["ways"]
+    ]  # fmt: skip
+    print()
+    print_table(["weights, while no pass needs them", "processes", "memory of each", "time", "fits"], ways)
     if plan["offload"] == "disk":
-        print(f"weights stay on disk while no pass needs them (offload); it is assumed to give {DISK / 1e9:g} GB a second")
+        print(f"weights stay on disk (offload=disk), which is assumed to give {DISK / 1e9:g} GB a second")
     elif plan["offload"] == "cpu":
-        print("weights stay in memory as stored while no pass needs them (offload)")
+        print("weights stay in memory as stored (offload=cpu)")
     many = f" on {plan['processes']} processes ({plan['parallel']})" if plan["processes"] > 1 else ""
     seconds, limit = plan["seconds"], 60 * (plan["minutes"] or math.inf)
     ends = f" (`minutes` ends training then; all tokens would take {span(seconds)})" if seconds > limit else ""

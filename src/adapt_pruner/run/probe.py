@@ -70,7 +70,8 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     check_memory(work, how, free=free)
     listen(Probe())
     dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains
-    fits = free is None or most_bytes(dense, how) <= free
+    whole = work.loaded.offload == "none" and how.stored == 4 and not how.lora  # as the probe trains
+    fits = whole and (free is None or most_bytes(dense, how) <= free)
     how = replace(how, checkpointing=free is not None and most_bytes(dense, replace(how, checkpointing=False)) > free)
     words = fit_threads(work) if recipe.minutes else _in_words()
     if device.type != "cpu":

@@ -42,6 +42,7 @@ from adapt_pruner.errors import RunError, UsageError, of_all
 from adapt_pruner.evaluate.anatomy import decoder_parameters, expert_parameters
 from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
+from adapt_pruner.grow import grown
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.run import latency
 from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to_write, written_texts
@@ -70,6 +71,10 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False, pro
     Raises:
         UsageError: the model cannot be loaded, or the recipe does not fit it.
     """
+    if recipe.grow is not None:
+        raise UsageError(
+            f"grow copies weights, and those of {recipe.model} are not on this machine; fetch the model, or leave grow out of the plan"
+        )
     work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
     keep = None if recipe.vocabulary is None else recipe.vocabulary.keep
     if keep is not None:
@@ -97,11 +102,12 @@ def placed(recipe: Recipe, *, trust_remote_code: bool = False, again: bool = Fal
     Where config.json does not tell the sizes, `auto` is in memory and the sentence is empty. With `again`, the run may use gradient
     checkpointing although the recipe does not say so.
     """
-    if locate(recipe.model)[1] is not None or recipe.vocabulary is not None:
+    if locate(recipe.model)[1] is not None or recipe.vocabulary is not None or recipe.grow is not None:
         return "none" if recipe.offload == "auto" else recipe.offload, ""
     work, how = on_paper(recipe, here=True, trust_remote_code=trust_remote_code)
-    how = replace(how, checkpointing=how.checkpointing or again)
-    return world.agreed((how.offload, too_large(work, how, free=free_bytes(pick_device(recipe.device)))))
+    free, how = free_bytes(pick_device(recipe.device)), replace(how, checkpointing=how.checkpointing or again)
+    how = replace(how, offload=offload_of(work, how, free=free))
+    return world.agreed((how.offload, too_large(work, how, free=free)))
 
 
 def begin(
@@ -129,11 +135,14 @@ def begin(
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
     shelving = Shelving.at(place, scratch)
     loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
+    found, checked = count_parameters(loaded.model), families.summary(loaded.model.config)
+    listen(events.Loaded(model=recipe.model, params=found, dequantised=loaded.dequantised, may_shrink=checked))
+    loaded = grown(loaded, recipe.grow, seed=recipe.seed, listen=listen)
     dense = count_parameters(loaded.model)
-    checked = families.summary(loaded.model.config)
-    listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised, may_shrink=checked))
     loaded, mask = _cut_vocabulary(loaded, recipe, listen)
     state = RunState(mask=mask, began=families.sizes(loaded.model))
+    if recipe.grow is not None:
+        state.figures["grown_from"] = found
     if (zeros := loaded.weight_mask) is not None:
         if unmasked := zeros.unmasked(loaded.model):
             raise RunError(

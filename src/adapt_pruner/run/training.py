@@ -28,6 +28,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.system.processes import deferred
 from adapt_pruner.errors import UsageError
+from adapt_pruner.grow import grown
 from adapt_pruner.recipe import parts
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
@@ -370,7 +371,10 @@ def teacher_of(work: Work, *, begun: bool) -> Any:
     if recipe.training.teacher is None and not begun:
         teacher = copy.deepcopy(loaded.model)
     else:
-        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code), work)
+        other = load(name, device=device, trust_remote_code=work.trust_remote_code)
+        if recipe.training.teacher is None:
+            other = grown(other, recipe.grow, seed=recipe.seed)
+        other = _with_same_tokens(other, work)
         if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
             raise UsageError(
                 f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "

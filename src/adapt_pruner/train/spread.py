@@ -252,7 +252,7 @@ def load_moments(model: nn.Module, optimizer: Any, moments: Mapping[str, Tensor]
         for key in ("exp_avg", "exp_avg_sq"):
             found = {of: moments[f"{of}.{name}"] for of in (key, f"{key}.codes", f"{key}.scale") if f"{of}.{name}" in moments}
             if stay and isinstance(parameter, Shelved):
-                state[key] = found.get(key) if key in found else Codes(found[f"{key}.codes"], found[f"{key}.scale"], name)
+                state[key] = found[key] if key in found else Codes(found[f"{key}.codes"], found[f"{key}.scale"], name)
             else:
                 state[key] = _new_moment(optimizer, parameter, key)
                 _copy(state[key], {of: _read(tensor) for of, tensor in found.items()}, key, name)
