@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,9 +30,10 @@ from adapt_pruner.checkpoint.shelved import Offload, Shelving, shelved_model
 from adapt_pruner.checkpoint.untrusted import check_files, check_plain, check_weights, found, stored_dtype
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.events.words import counted
-from adapt_pruner.core.model.axes import Mask, in_layer
+from adapt_pruner.core.model.axes import Axis, Mask, in_layer, of_tower, towers_of
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import cast_weights
+from adapt_pruner.core.model.task import LOADED_BY
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import cache_folder, expanded, folder_beside, remove, weight_bytes
@@ -83,7 +84,7 @@ class Loaded:
 
     Attributes:
         model: causal LM in eval mode, in float32 unless another precision was asked for.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or the processor of a model that reads pictures too.
         dtype: the precision in which the weights were stored and will be saved.
         mask: against the dense model, if the folder is one of ours.
         dense_params: parameters of that dense model.
@@ -243,10 +244,11 @@ def _load(
             model.__dict__.pop(attribute, None)
         for key in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(key, None)
-    from transformers import AutoTokenizer
+    import transformers
 
+    reader = LOADED_BY[families.task_of(config)][1]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
+        tokenizer = getattr(transformers, reader).from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
         why, remedy = first_line(error), "add its tokenizer files to the folder"
         if Path(folder).is_dir() and not any(re.search(r"token|^vocab|\.gguf$", file.name) for file in Path(folder).iterdir()):
@@ -254,7 +256,9 @@ def _load(
         elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # transformers then tries tiktoken
             remedy = "if its file is a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
-    if type(tokenizer).__module__.startswith("transformers."):  # no foreign code was run, so none is passed on
+    if hasattr(tokenizer, "init_kwargs") and type(tokenizer).__module__.startswith(
+        "transformers."
+    ):  # no foreign code was run, so none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
     if shelving is None:
         take_into_memory(itertools.chain(model.parameters(), model.buffers()))
@@ -262,13 +266,18 @@ def _load(
     weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name, model)
     if mask is not None:
         _check_mask(model, mask, name)
-    embedding = model.get_input_embeddings()
-    if len(tokenizer) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
+    embedding = token_embedding(model)
+    if len(getattr(tokenizer, "tokenizer", tokenizer)) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = weight_bytes(Path(folder)) if gguf is None else 0
     size = on_disk or count_parameters(model) * stored.itemsize
     place = "none" if shelving is None else shelving.place
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask, offload=place)
+
+
+def token_embedding(model: Any) -> Any:
+    """The embedding of a model's tokens; of two towers, that of the one that reads text."""
+    return (getattr(model, "text_model", None) or model).get_input_embeddings()
 
 
 def has_weights(name: str) -> bool:
@@ -478,8 +487,14 @@ def _origin(folder: str) -> tuple[Mask | None, int | None]:
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
     """Refuse the mask of another model."""
-    axes, stayed = families.axes(model), mask.layers_left
-    num_layers = next(axis.size for axis in axes if axis.name == "layers")
+    axes = families.axes(model)
+    for tower in towers_of(axes):
+        _check_mask_of(of_tower(axes, tower), mask.of_tower(tower), name)
+
+
+def _check_mask_of(axes: Sequence[Axis], mask: Mask, name: str) -> None:
+    stayed = mask.layers_left
+    num_layers = next((axis.size for axis in axes if axis.name == "layers"), 0)
     try:
         if stayed is not None and len(stayed) != num_layers:
             raise ValueError(f"it keeps {len(stayed)} layers, the weights have {num_layers}")

@@ -6,15 +6,24 @@ How text becomes batches is the work of `data.task.TextTask`, which a recipe nam
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
 from adapt_pruner.core.model.loss import LogitLoss, logit_map, nll_of_logits, of_head, through_head
 
+LOADED_BY = {"causal_lm": ("AutoModelForCausalLM", "AutoTokenizer"), "contrastive": ("AutoModel", "AutoProcessor")}
+"""Task -> the class of transformers that loads a model for it, and the class that loads what makes its batches."""
+
 
 class Task(Protocol):
-    """What scoring, repairs and training ask of the work that a model does."""
+    """What scoring, repairs and training ask of the work that a model does.
+
+    Attributes:
+        divisible: whether a batch may be taken apart: its samples do not concern each other, and go through one stack of layers.
+    """
+
+    divisible: bool
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
         """How many predictions of these batches count in the loss; only the first two dimensions of each batch are read.
@@ -58,6 +67,8 @@ class CausalLM:
     The logits are the output of `get_output_embeddings()` for the last hidden state of `get_decoder()`, capped if the model caps
     them. Batches are token ids, int64 [batch, length], length at least 2; padding, if any, on the right.
     """
+
+    divisible: ClassVar[bool] = True
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
         """All tokens of a sequence except the first, or those of them that `predicted` marks."""
