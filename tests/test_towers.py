@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoProcessor, CLIPImageProcessor, CLIPProcessor
 
 from adapt_pruner import families
@@ -45,6 +46,7 @@ def tiny_towers(layout: tuple[str, str] = LAYOUTS[0], *, seed: int = 0, vocab_si
 def tiny_processor(length: int = 24) -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.model_max_length = length
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="</s> $A <s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     return CLIPProcessor(
         CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, do_normalize=True), tokenizer
     )
@@ -52,10 +54,10 @@ def tiny_processor(length: int = 24) -> Any:
 
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
-    """Of random pictures against random captions, which end in token 2."""
+    """Of random pictures against random captions, which end in token 1."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, 97, (4, 12), generator=generator)
-    ids[:, -1] = 2
+    ids[:, -1] = 1
     pixels = torch.randn(3, 3, 16, 16, generator=generator).to(model.dtype)
     found: torch.Tensor = model(input_ids=ids, pixel_values=pixels).logits_per_image
     return found
@@ -121,7 +123,7 @@ def test_masks_compose(layout: tuple[str, str]) -> None:
 def test_moments_shrink_along(layout: tuple[str, str]) -> None:
     model = tiny_towers(layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    pixels, ids = torch.randn(4, 3, 16, 16), torch.randint(3, 97, (4, 12)).index_fill(1, torch.tensor([11]), 2)
+    pixels, ids = torch.randn(4, 3, 16, 16), torch.randint(3, 97, (4, 12)).index_fill(1, torch.tensor([11]), 1)
     model(input_ids=ids, pixel_values=pixels).logits_per_image.sum().backward()
     optimizer.step()
     axes = families.axes(model)

@@ -252,6 +252,8 @@ def can_save_unequal_layers(model: Any) -> bool:
     For a type that no family file names, a tiny model of its class is cut to unequal layers, saved and built again: its logits must
     be equal, and it must write the same tokens with a cache as without.
     """
+    if towers_in(model.config):
+        return families.family_of(model.config) is not None
     layer = decoder_layers(model)[0]
     if not hasattr(modeling_pruned, f"Pruned{stock_class(model)}"):
         return False

@@ -44,7 +44,7 @@ def inspect(
     zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
-            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
+            f"{row.get('tower', '')} {row['layer']}".strip(), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
             *(_use(row) for _ in use),
             f"{row['params']:,}",
             *(f"{row['nonzero']:,}" for _ in zeros), _share(row),

@@ -55,10 +55,13 @@ def tiny() -> dict[str, Any]:
 
 
 def tiny_towers() -> dict[str, Any]:
-    """The configs of two tiny towers that differ in everything."""
+    """The configs of two tiny towers that differ in everything.
+
+    The last token of a text is 1, since with 2 the stock class takes the token of the greatest number for the last one.
+    """
     text = dict(
         vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=6, max_position_embeddings=24,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     vision = dict(hidden_size=32, intermediate_size=56, num_hidden_layers=4, num_attention_heads=4, image_size=16, patch_size=8)
     return {"text_config": text, "vision_config": vision}

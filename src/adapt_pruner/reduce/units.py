@@ -19,11 +19,10 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.core.events.run import Searched
-from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
 from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of
-from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.shelf import Shelved, numbers_of
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.core.system.parts import part
@@ -89,7 +88,7 @@ class Units(Reduction):
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
         least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + repair_parameters(work)
         if least >= work.num_params:
-            depth = len(decoder_layers(work.model, work.axes))
+            depth = sum(axis.size for axis in work.axes if axis.kind == "layers")
             return (
                 least,
                 f"{work.recipe.chooser} can remove nothing ({kinds}) from a model of {depth} layers, so set another method or chooser",
@@ -358,7 +357,7 @@ def prunable(work: Work) -> list[Axis]:
     """The axes that the recipe lets shrink; `layers` has a pattern if the recipe's chooser keeps one."""
     pattern = tuple(getattr(work.model.config, "layer_types", None) or ()) if _is_periodic(work) else ()
     axes = [axis for axis in work.axes if axis.kind in work.recipe.axes]
-    return [replace(axis, pattern=pattern) if axis.name == "layers" else axis for axis in axes]
+    return [replace(axis, pattern=pattern) if axis.kind == "layers" else axis for axis in axes]
 
 
 def _is_periodic(work: Work) -> bool:
@@ -367,12 +366,12 @@ def _is_periodic(work: Work) -> bool:
 
 def scored(work: Work) -> list[Axis]:
     """The axes that metrics score: those that may shrink, and `layers`. Only the parameters of these axes get gradients."""
-    return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.name == "layers"]
+    return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.kind == "layers"]
 
 
 def _measured_whole(work: Work) -> list[Axis]:
     """The axes whose units a distance with passes of its own shuts one by one: those that may go whole, else `layers`."""
-    return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
+    return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.kind == "layers"]
 
 
 def metrics_of(work: Work, *, seed: int) -> list[Metric]:
@@ -479,9 +478,11 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
         reached |= sizes
         # Counted in the model: the costs of the axes count a weight twice that a channel and a neuron share.
         total = num_left(work.model, work.axes, mask_to(whole, reached))
-        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers with equal scores the first stay
+        stay = {
+            axis.name: sizes.get(axis.name, axis.size) for axis in whole if axis.kind == "layers"
+        }  # of equal layers the first
         gone = {name for name, size in sizes.items() if size == 0}
-        staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
+        staying = [axis for axis in left if axis.layer is None or axis.layer < stay.get(f"{tower_of(axis.name)}layers", math.inf)]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [
             replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]], pattern=axis.pattern[: sizes[axis.name]])
