@@ -453,6 +453,12 @@ class Work:
         return next((multiple for least, multiple in _WIDTHS if narrowest >= least), 1)
 
     @property
+    def pass_tokens(self) -> int | None:
+        """Training tokens in one pass, None for what the device gets: of samples that are told apart together, those of a whole step."""
+        training = self.recipe.training
+        return training.pass_tokens or (training.step_tokens if len(self.task.towers) > 1 else None)
+
+    @property
     def num_params(self) -> int:
         """Parameters of the model now."""
         return count_parameters(self.model)

@@ -244,7 +244,7 @@ class Trainer:
         how = TrainConfig(
             objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
-            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.pass_tokens,
+            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=work.pass_tokens,
             clip=math.inf if training.clip is None else training.clip, in_backward=training.step_in_backward,
             max_rise=training.max_rise, dtype="bfloat16" if training.weights == "bfloat16" else work.recipe.dtype, seed=work.recipe.seed, task=work.task,
             seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
