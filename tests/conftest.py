@@ -183,6 +183,25 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 48 pictures with captions."""
+    from pictures import picture_folder
+
+    return picture_folder(tmp_path_factory.mktemp("shown") / "pictures", number=48)
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain Hugging Face folder with a tiny random CLIP and its processor."""
+    from adapt_pruner.checkpoint.save import save
+    from test_towers import tiny_processor, tiny_towers
+
+    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+    save(tiny_towers(vocab_size=VOCAB), tiny_processor(), folder, dtype=torch.float32)
+    return folder
+
+
 @pytest.fixture
 def batches() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)

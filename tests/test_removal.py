@@ -17,7 +17,6 @@ from adapt_pruner.score import calibrate, weights
 from adapt_pruner.score.removal import drop
 from conftest import VOCAB, assert_same_model, break_off, log_of, suited, tiny_model
 from pictures import picture_folder
-from test_contrastive import clip_folder, shown  # noqa: F401 (fixtures)
 from test_towers import LAYOUTS, tiny_processor, tiny_towers
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
@@ -90,7 +89,7 @@ def keys(model: Path, source: Path, **more: Any) -> dict[str, Any]:
     } | more
 
 
-def test_width_goes_before_depth_and_one_tower_before_the_other(clip_folder: Path, shown: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_width_goes_before_depth_and_one_tower_before_the_other(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
     """Of the vision tower alone, the text tower stays as it is; the layer that goes is that of the lowest drop, measured after the width."""
     seen: list[dict[str, Any]] = []
     result = ap.prune(
@@ -115,7 +114,7 @@ def test_width_goes_before_depth_and_one_tower_before_the_other(clip_folder: Pat
     assert {"vision."} in towers
 
 
-def test_a_run_goes_on_where_it_was_killed(clip_folder: Path, shown: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_run_goes_on_where_it_was_killed(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
     from adapt_pruner.report.with_card import run
 
     training = {"source": str(shown), "length": 26, "tokens": 1664, "batch_tokens": 832}

@@ -138,7 +138,8 @@ def test_a_result_comes_back(layout: tuple[str, str], alike: bool, tmp_path: Pat
     """By our loader, and by stock transformers: as the stock class where its layers are alike, else with our one file."""
     model = tiny_towers(layout, vocab_size=VOCAB)
     axes = families.axes(model)
-    mask = random_mask(axes, ("neurons", "layers", "projection"), seed=1) if alike else unequal(axes)
+    of_layers = ("neurons", "layers", "projection") if layout[0] == "clip" else ("layers",)
+    mask = random_mask(axes, of_layers, seed=1) if alike else unequal(axes)
     cut(model, axes, mask)
     folder = tmp_path / "cut"
     save(model, tiny_processor(), folder, mask=mask, dtype=torch.float32)

@@ -267,12 +267,17 @@ def _load(
     if mask is not None:
         _check_mask(model, mask, name)
     embedding = token_embedding(model)
-    if len(getattr(tokenizer, "tokenizer", tokenizer)) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
+    if len(tokens_of(tokenizer)) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = weight_bytes(Path(folder)) if gguf is None else 0
     size = on_disk or count_parameters(model) * stored.itemsize
     place = "none" if shelving is None else shelving.place
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask, offload=place)
+
+
+def tokens_of(tokenizer: Any) -> Any:
+    """The tokenizer, also of a processor that reads pictures too."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
 def token_embedding(model: Any) -> Any:

@@ -67,14 +67,16 @@ class Contrastive:
     def embedded(self, model: Any, batch: Tensor, tower: str) -> Tensor:
         """What a tower makes of a batch, float32 [pairs, width] of length 1."""
         step = len(batch) if torch.is_grad_enabled() else _AT_ONCE
-        return torch.cat([self._embedded(model, some, tower) for some in batch.split(step)])
+        return torch.cat([self.seen(model, some, tower)[1] for some in batch.split(step)])
 
-    def _embedded(self, model: Any, batch: Tensor, tower: str) -> Tensor:
+    def seen(self, model: Any, batch: Tensor, tower: str, **outputs: Any) -> tuple[Any, Tensor]:
+        """Run a tower: all that it gives, and what it makes of the batch, float32 [pairs, width] of length 1."""
         if tower == "text.":
-            output = model.get_text_features(input_ids=batch[:, 2 : 2 + self._length])
+            output = model.get_text_features(input_ids=batch[:, 2 : 2 + self._length], **outputs)
         else:
-            output = model.get_image_features(pixel_values=self._pixels(batch[:, 0].tolist()).to(batch.device, model.dtype))
-        return F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
+            pixels = self._pixels(batch[:, 0].tolist()).to(batch.device, model.dtype)
+            output = model.get_image_features(pixel_values=pixels, **outputs)
+        return output, F.normalize(getattr(output, "pooler_output", output).float(), dim=-1)
 
     def loss(self, model: Any, batch: Tensor, *, predicted: Tensor | None = None, chunk: int | None = None) -> Tensor:
         """The sum over the pairs; see the class."""

@@ -107,9 +107,9 @@ class Towers(Reduction):
 
     def _planned(self, work: Work) -> list[list[Any]]:
         """Tower, `width` or `depth`, and the parameters that are left after it, in order."""
-        towers, goals, left = self._towers(work), [], work.num_params
+        towers, goals, left = self._towers(work), list[list[Any]](), float(work.num_params)
         weights = {tower: sum(self._layers(work, tower).costs) for tower in towers}
-        excess = left - work.budget.keep
+        excess = work.num_params - work.budget.keep
         for tower in towers:
             share = excess * weights[tower] / sum(weights.values())
             for kind, part_of in (("width", 1 - self.depth), ("depth", self.depth)):

@@ -244,7 +244,7 @@ def removing(axes: Sequence[Axis], *, tokens: int, towers: int) -> Passes:
     return Passes(forward=tokens * (units / towers + 1), both=tokens)
 
 
-def scores_of(work: Work, batches: Sequence[Tensor], axes: Sequence[Axis] | None = None, **where: int) -> tuple[Scores, float]:
+def scores_of(work: Work, batches: Sequence[Tensor], axes: Sequence[Axis] | None = None, /, **where: int) -> tuple[Scores, float]:
     """The scores of all units that may go, or of those of `axes`, and of all layers, and the mean loss, on these batches.
 
     Raises:

@@ -242,7 +242,12 @@ def _check_class(work: Work) -> None:
 def _check_towers(work: Work) -> None:
     """Refuse for a model of several towers what goes through one stack of layers, or predicts tokens."""
     recipe, training = work.recipe, work.recipe.training
+    of_pairs = training.source is not None and training.objective.startswith("pairs.")
     if len(work.task.towers) == 1:
+        if of_pairs:
+            raise UsageError(
+                f"training.objective {training.objective!r} is for models of two towers; set it to objectives.distil"
+            )
         return
     passes = (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
     unfit = {
@@ -256,6 +261,9 @@ def _check_towers(work: Work) -> None:
         f"offload={recipe.offload}": recipe.offload not in ("auto", "none"),
         "parallel=fsdp": recipe.parallel == "fsdp" and world.size() > 1,
         "evaluation.tasks": recipe.evaluation.tasks is not None,
+        f"training.objective={training.objective}": training.source is not None
+        and not of_pairs
+        and training.objective != "objectives.lm",
         "training.lora": training.lora is not None,
         "training.liger": training.liger,
         "training.gradient_checkpointing": training.gradient_checkpointing and training.source is not None,

@@ -407,7 +407,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     A field is set for the whole model if all layers that have it agree. Otherwise it goes to `per_layer_config`, which holds only
     what differs. A field also goes there if the config refuses the common value: Llama wants hidden_size to be a multiple of the
     number of heads. `skip` in `per_layer_config` names the blocks that a layer lacks, as in transformers' schema: those missing
-    already and those that go now. A model of two towers has a config for each, `text_config` and `vision_config`.
+    already and those that go now. With `own_sizes` something beside the layers goes by the same fields, so these stay as they are and
+    layers of another size state it. A model of two towers has a config for each, `text_config` and `vision_config`.
     """
     if len(towers := towers_of(axes)) > 1:
         for tower in towers:
@@ -443,7 +444,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     per_layer: dict[int, dict[str, Any]] = {i: {"skip": skipped[old]} if skipped[old] else {} for i, old in enumerate(stayed)}
     for field, by_layer in sizes.items():
         common = set(by_layer.values())
-        if len(common) == 1 and _accepts(config, field, next(iter(common))):
+        shared = len(common) == 1 and (common == {getattr(config, field)} or not getattr(config, "own_sizes", False))
+        if shared and _accepts(config, field, next(iter(common))):
             setattr(config, field, common.pop())
         else:
             for i, size in by_layer.items():
@@ -476,7 +478,7 @@ def _reads_global_sizes(config: Any) -> bool:
     """
     positions = getattr(config, "rope_parameters", None) or {}
     kinds = [of.get("rope_type") for of in (positions, *positions.values()) if isinstance(of, dict)]
-    if any(kind not in (None, "default") for kind in kinds):
+    if getattr(config, "own_sizes", False) or any(kind not in (None, "default") for kind in kinds):
         return True
     config.allow_global_per_layer_attribute_access = False
     try:
