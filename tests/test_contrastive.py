@@ -10,18 +10,21 @@ import torch
 import torch.nn.functional as F
 import yaml
 from datasets import Dataset, Image
+from typer.testing import CliRunner
 
 import adapt_pruner as ap
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.save import save
+from adapt_pruner.cli import app
 from adapt_pruner.core.model.axes import Mask
-from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.data.contrastive import Contrastive, _recalls
 from adapt_pruner.data.pictures import pairs
 from adapt_pruner.errors import UsageError
 from adapt_pruner.score import calibrate, weights
 from conftest import VOCAB, printed, read_json
-from test_towers import LAYOUTS, tiny_processor, tiny_towers
+from test_towers import LAYOUTS, tiny_processor, tiny_towers, unequal
 
 every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
 
@@ -170,7 +173,7 @@ def test_a_model_is_pruned_measured_and_shown_by_the_ordinary_commands(clip_fold
     assert f"eval {clip_folder} {small} --text PICTURES" in done.replace("\n", " ")
     assert "chat" not in done
     assert "python-docs" not in done
-    loaded = load(str(small))
+    loaded = load(str(small), any_task=True)
     assert sum(weight.numel() for weight in loaded.model.parameters()) <= 0.7 * 95385
     assert {name.partition(".")[0] for name in loaded.mask or ()} == {"text", "vision"}
     card = (small / "README.md").read_text(encoding="utf-8")
@@ -197,6 +200,48 @@ def test_a_run_trains_on_pairs_between_its_cuts(clip_folder: Path, shown: Path, 
     assert [row["stage"] for row in figures["judged"]] == [0, 1, 2]
     assert figures["params_after"] <= 0.6 * 95385 < figures["params_before"]
     assert figures["judged"][2]["text→image R@10"] > figures["judged"][0]["text→image R@10"], "it learns"
+    assert "text→image R@10" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    planned = printed("run", tmp_path / "recipe.yaml", "-o", tmp_path / "other", "--dry-run")
+    assert "in total about" in planned
+
+
+def test_each_tower_is_exported_as_a_graph(shown: Path, tmp_path: Path) -> None:
+    """With layers that differ from the other tower's; cosines of pictures and captions are those of the model, at another batch size."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = tiny_towers(vocab_size=VOCAB)
+    axes = families.axes(model)
+    one = {
+        axis.name: torch.arange(axis.size) == 1 for axis in axes if axis.kind == "layers"
+    }  # a graph of more takes long to make
+    cut(model, axes, Mask(unequal(axes).kept | one))
+    save(model, tiny_processor(), tmp_path / "model", dtype=torch.float32)
+    said = printed("export", tmp_path / "model", "--to", "onnx", "-o", tmp_path / "graphs")
+    assert "verify" not in said
+    given = inputs(shown, 5)
+    embeds = [
+        torch.from_numpy(
+            onnxruntime.InferenceSession(tmp_path / "graphs" / f"{tower}_model.onnx").run(None, {name: given[name].numpy()})[0]
+        )
+        for tower, name in (("text", "input_ids"), ("vision", "pixel_values"))
+    ]
+    with torch.no_grad():
+        output = model(**given)
+    assert torch.allclose(embeds[0] @ embeds[1].T, output.text_embeds @ output.image_embeds.T, atol=1e-4)
+
+
+def test_commands_for_language_models_refuse_in_a_sentence(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
+    for words in (
+        ("export", clip_folder, "--to", "gguf", "-o", tmp_path / "x.gguf"),
+        ("export", clip_folder, "--to", "uniform", "-o", tmp_path / "x"),
+        ("chat", clip_folder, "hello"),
+        ("eval", clip_folder, "--text", shown, "--chat", "2"),
+        ("compare", clip_folder, "--methods", "random", "--params", "80%", "--text", shown, "-o", tmp_path / "compared"),
+        ("verify", clip_folder, tmp_path, "--text", shown),
+    ):
+        called = CliRunner().invoke(app, [str(word) for word in words])
+        assert called.exit_code != 0
+        assert isinstance(called.exception, UsageError), words
+        assert "which reads pictures too, and this works with language models alone" in str(called.exception), words
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ def test_a_teacher_of_another_width_is_refused(shown: Path) -> None:
 def test_a_run_learns_from_the_dense_model(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
     training: dict[str, Any] = {
         "source": str(shown), "length": 26, "tokens": 8000, "batch_tokens": 1248, "lr": 0.003, "objective": "pairs.distil(contrast=0)",
+        "gradient_checkpointing": True,
     }  # fmt: skip
     run(suited(keys(clip_folder, shown, budget="85%", training=training, reduce="towers(tower=vision)")), tmp_path / "run")
     steps = log_of(tmp_path / "run", "step")

@@ -135,6 +135,7 @@ def load(
     fresh: int | None = None,
     unmerged: bool = False,
     shelving: Shelving | None = None,
+    any_task: bool = False,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
@@ -148,6 +149,7 @@ def load(
             read. The folder needs no weights then, and its mask.json is not read either.
         unmerged: accept a checkpoint in the middle of LoRA training. Its additions are not loaded.
         shelving: where the weights lie while no pass needs them; None for in memory, widened.
+        any_task: also accept a model that learns something else than the next token, since the caller asks what that is.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -160,7 +162,7 @@ def load(
             "before or after its training"
         )
     if gguf is None or fresh is not None:
-        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh, shelving)
+        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh, shelving, any_task)
     with (Path(folder) / gguf).open("rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     kept = cache_folder() / "models" / f"{Path(gguf).stem[:80]}-{digest}"
@@ -194,7 +196,7 @@ def load_that_fits(
 ) -> Loaded:
     """`load` for reading a model once: its weights stay in its files if memory has no room for them and half as much.
 
-    `options` are `trust_remote_code` and `any_family`.
+    `options` are `trust_remote_code`, `any_family` and `any_task`.
     """
     device = device or torch.device("cpu")
     folder, gguf = locate(name)
@@ -203,7 +205,8 @@ def load_that_fits(
         on_disk, stored = weight_bytes(Path(folder)), getattr(torch, stored_dtype(folder, None) or "float32")
         if _ROOM * on_disk * (dtype or stored).itemsize / stored.itemsize > free:
             config = read_config(folder, {"trust_remote_code": False}, name, any_family=True)
-            shelving = Shelving.at("disk" if families.is_known(config) else "none")
+            by_layer = families.is_known(config) and families.task_of(config) == "causal_lm"
+            shelving = Shelving.at("disk" if by_layer else "none")
     return load(name, device=device, dtype=dtype, shelving=shelving, **options)
 
 
@@ -217,12 +220,15 @@ def _load(
     any_family: bool,
     fresh: int | None = None,
     shelving: Shelving | None = None,
+    any_task: bool = True,
 ) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         _check_reader(name)
         options["gguf_file"] = gguf
     config = read_config(folder, options, name, any_family=any_family)
+    if not any_task:
+        check_reads_text(config, name)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if fresh is None and gguf is None:
         named = getattr(config, "transformers_weights", None)
@@ -275,6 +281,19 @@ def _load(
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask, offload=place)
 
 
+def check_reads_text(config: Any, name: str) -> None:
+    """Refuse a model that reads more than text.
+
+    Raises:
+        UsageError: it does.
+    """
+    if families.task_of(config) != "causal_lm":
+        raise UsageError(
+            f"{name} is of type {config.model_type!r}, which reads pictures too, and this works with language models alone; eval, inspect, "
+            "prune, run and export --to onnx take it"
+        )
+
+
 def tokens_of(tokenizer: Any) -> Any:
     """The tokenizer, also of a processor that reads pictures too."""
     return getattr(tokenizer, "tokenizer", tokenizer)
@@ -302,7 +321,7 @@ def has_weights(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(folder, file), str) for file in names)
 
 
-def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_shapes(name: str, *, trust_remote_code: bool = False, any_task: bool = False) -> Any:
     """A model without its weights, on the meta device; only the config.json of a folder or hub id is read.
 
     Raises:
@@ -313,6 +332,8 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = read_config(folder, options, name)
+    if not any_task:
+        check_reads_text(config, name)
     with blaming(folder, config, options, name), torch.device("meta"):
         return random_model(config, options)
 

@@ -31,7 +31,7 @@ def inspect(
     from adapt_pruner.core.model.weight_mask import has_zeros
     from adapt_pruner.evaluate.anatomy import anatomy, expert_use
 
-    loaded = load_that_fits(model, dtype=None, trust_remote_code=trust_remote_code)
+    loaded = load_that_fits(model, dtype=None, trust_remote_code=trust_remote_code, any_task=True)
     figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if text is not None:
         for layer, shares in expert_use(loaded.model, loaded.tokenizer, text).items():

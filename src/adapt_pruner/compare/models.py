@@ -63,7 +63,10 @@ def measured(
     held: list[tuple[dict[str, Any], Any, Any]] = []
     for name in models:
         listen(Load(model=name))
-        loaded = load_that_fits(name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True)
+        loaded = load_that_fits(
+            name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True,
+            any_task=how.tasks is None and how.chat is None,
+        )  # fmt: skip
         model, tokenizer, task = loaded.model, loaded.tokenizer, task_for(loaded.model)
         row: dict[str, Any] = {
             "model": name, "params": count_parameters(model), "nonzero": count_nonzero(model),

@@ -106,7 +106,7 @@ def dense_again(work: Work, lost: str) -> Any:
         raise UsageError(
             f"{lost} and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
-    return load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code).model
+    return load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code, any_task=True).model
 
 
 def dense_fingerprint(work: Work) -> str:

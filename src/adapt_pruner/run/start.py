@@ -70,7 +70,7 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
     Raises:
         UsageError: the model cannot be loaded, or the recipe does not fit it.
     """
-    work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code), recipe)
+    work = Work.of(load_shapes(recipe.model, trust_remote_code=trust_remote_code, any_task=True), recipe)
     keep = None if recipe.vocabulary is None else recipe.vocabulary.keep
     if keep is not None:
         work.shrink(Mask({axis.name: torch.arange(axis.size) < keep for axis in work.axes if axis.kind == "vocabulary"}))
@@ -81,7 +81,7 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
         work.stages, work.budget = plan(work)
     teacher = None
     if recipe.training.teacher is not None:
-        teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code))
+        teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code, any_task=True))
     if here:
         how = setup_of(work, device=pick_device(recipe.device), teacher=teacher)
         return work, replace(how, offload=offload_of(work, how, free=free_bytes(pick_device(recipe.device))))
@@ -128,7 +128,7 @@ def begin(
             raise UsageError(trouble)
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
     shelving = Shelving.at(place, scratch)
-    loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving)
+    loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving, any_task=True)
     dense = count_parameters(loaded.model)
     checked = families.summary(loaded.model.config)
     listen(events.Loaded(model=recipe.model, params=dense, dequantised=loaded.dequantised, may_shrink=checked))
@@ -266,7 +266,6 @@ def _check_towers(work: Work) -> None:
         and training.objective != "objectives.lm",
         "training.lora": training.lora is not None,
         "training.liger": training.liger,
-        "training.gradient_checkpointing": training.gradient_checkpointing and training.source is not None,
         f"training.weights={training.weights}": training.weights != "float32",
     }
     wrong = [key for key, given in unfit.items() if given]

@@ -359,7 +359,7 @@ def teacher_of(work: Work, *, begun: bool) -> Any:
     if recipe.training.teacher is None and not begun:
         teacher = copy.deepcopy(loaded.model)
     else:
-        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code), work)
+        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code, any_task=True), work)
         theirs, ours = tokens_of(other.tokenizer), tokens_of(loaded.tokenizer)
         if theirs.get_vocab() != ours.get_vocab():
             raise UsageError(
