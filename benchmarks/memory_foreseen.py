@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import weakref
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -201,8 +200,9 @@ def most_bytes(case: Case, gauge: Gauge) -> int:
     lowbit = how.bits < 32 or how.stored == 2
     optimizer = make_optimizer(model, lr=1e-4, weight_decay=0.0, bits=how.bits, torchao="this case" if lowbit else None)
     kernel = {"gradient_checkpointing": how.checkpointing, "compiled": False, "liger": False}
-    stored = stored_as(model, torch.bfloat16) if how.stored == 2 else nullcontext()
-    with stored, spread(model, optimizer, dtype=dtype) as (working, its_optimizer), kernels(working, **kernel):
+    weights = torch.bfloat16 if how.stored == 2 else torch.float32
+    spread_out = spread(model, optimizer, dtype=dtype, weights=weights)
+    with stored_as(model, weights), spread_out as (working, its_optimizer), kernels(working, **kernel):
         gauge.begin()
         training = TrainConfig(
             lm, lambda share: 1.0, lr=1e-4, batch_rows=rows, micro_tokens=how.micro_tokens, dtype=dtype, in_backward=how.in_backward,

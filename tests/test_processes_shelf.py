@@ -1,5 +1,6 @@
 """Several processes make a smaller model which none of them holds whole: it is pruned from disk, and trained in shares."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from adapt_pruner.checkpoint.load import load
+from adapt_pruner.checkpoint.shelved import Shelving
+from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.shelf import Source, on_shelf
+from adapt_pruner.core.system import world
 from adapt_pruner.recipe import read
 from adapt_pruner.run.loop import run
-from conftest import VOCAB, log_of, printed, saved, tiny_model
+from adapt_pruner.train.loop import make_optimizer
+from adapt_pruner.train.spread import spread
+from conftest import VOCAB, log_of, printed, read_json, saved, tiny_model
 from forks import Forks, Said, command
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
@@ -87,6 +95,32 @@ def test_four_processes_train_a_model_that_stays_on_disk(tiny_folder: Path, text
     assert [event["stage"] for event in log_of(copied, "resumed")] == [2]
     assert_same(tmp_path / "one" / "model", copied / "model")
     assert not list(tmp_path.glob("*/.weights-*"))
+
+
+def hold_shares(folder: Path, base: Path) -> None:
+    """What a process reads from disk for its share, and what it holds."""
+    with world.joined(lost=pytest.fail), pytest.MonkeyPatch.context() as patch:
+        model = load(str(folder), shelving=Shelving.at("disk", base)).model
+        optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.0)
+        sizes, read_one = list[int](), Source.read
+        patch.setattr(Source, "read", lambda self, offset, size: sizes.append(size) or read_one(self, offset, size))
+        with spread(model, optimizer, dtype="float32") as (twin, _):
+            held: Any = list(twin.parameters())
+            away = [bool(torch.isnan(weight).all()) for weight in on_shelf(model)]
+            found = {"read": sum(sizes), "held": sum(part.to_local().numel() for part in held), "away": away}
+            (base / f"{world.rank()}.json").write_text(json.dumps(found))
+
+
+def test_a_process_reads_and_holds_its_share(tiny_folder: Path, tmp_path: Path) -> None:
+    said = Forks(2, tmp_path / "launch", hold_shares, tiny_folder, tmp_path).said()
+    assert [process.status for process in said] == [0, 0], said[0].err + said[1].err
+    model = load(str(tiny_folder), shelving=Shelving.at("disk", tmp_path)).model
+    stored = sum(weight.stored.read().nbytes for weight in on_shelf(model))
+    found = [read_json(tmp_path / f"{rank}.json") for rank in range(2)]
+    assert all(all(process["away"]) for process in found)
+    assert sum(process["read"] for process in found) == stored
+    assert sum(process["held"] for process in found) == count_parameters(model)
+    assert max(process["held"] for process in found) <= 0.51 * count_parameters(model)
 
 
 def test_shares_in_fewer_bits(tokenizer: Any, text_file: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _full(*_: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _full_after_half(tensors: Any, path: Path) -> None:
+def _full_after_half(tensors: Any, path: Path, *_: Any) -> None:
     os.truncate(path, path.stat().st_size // 2)
     _full()
 
@@ -118,7 +118,7 @@ POINTS: dict[str, Callable[[int], None]] = {
         save, "_save_weights", n, done=True, then=lambda model, folder, *_: _half(folder / "model.safetensors")
     ),
     "with half of the moments written": lambda n: _last(
-        state, "save_file", n, done=True, then=lambda tensors, path: _half(path)
+        state, "write_file", n, done=True, then=lambda tensors, path, *_: _half(path)
     ),
     "between writing and fsync": lambda n: _last(save, "sync", n),
     "before damage is set aside": lambda n: _last(os, "rename", n, of=_named(r".*\.damaged")),
@@ -138,7 +138,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "when the result has its name": lambda n: _last(os, "rename", n, of=_named("model"), done=True),
     "while the model writes its own text": lambda n: _last(start, "selfwritten_windows", n),
     "disk full at the weights": lambda n: _last(save, "_save_weights", n, done=True, then=_full),
-    "disk full at the moments": lambda n: _last(state, "save_file", n, done=True, then=_full_after_half),
+    "disk full at the moments": lambda n: _last(state, "write_file", n, done=True, then=_full_after_half),
     "disk full at the log": lambda n: _last(runs.RunFolder, "_append", n, then=_full),
 }  # fmt: skip
 

@@ -202,7 +202,8 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
     temporary = 0
     if how.sharded:
         outside = of.params - of.decoder
-        parts["gathered shards"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
+        summed = 4 * max(outside, of.largest) // shares if how.stored == 2 else 0  # of gradients, before they are rounded
+        parts["gathered shards"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest) + summed
     else:
         parts["bfloat16 copies"] = 2 * of.decoder if how.narrow and how.stored == 4 else 0
         if not how.lora:
