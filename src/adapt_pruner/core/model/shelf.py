@@ -125,12 +125,48 @@ class InFile:
     def read(self) -> Tensor:
         """See `Stored`."""
         whole = torch.Size(self.shape).numel() * self.dtype.itemsize
+        rows = self.index.get(0)
+        if rows is not None and len(rows) == 1:  # an expert of many
+            entry, shape = whole // self.shape[0], (1, *self.shape[1:])
+            numbers = self.source.read(self.offset + int(rows[0]) * entry, entry).view(self.dtype).view(shape)
+            return select(numbers, {dim: stays for dim, stays in self.index.items() if dim})
         return select(self.source.read(self.offset, whole).view(self.dtype).view(self.shape), self.index)
 
     def at(self, index: Mapping[int, Tensor]) -> "InFile":
         """See `Stored`."""
         composed = {dim: self.index[dim][stays] if dim in self.index else stays for dim, stays in index.items()}
         return replace(self, index={**self.index, **composed})
+
+
+@dataclass(frozen=True)
+class Stacked(Stored):
+    """Numbers that lie apart: each entry of the first dimension is one part, or the rows of several.
+
+    Attributes:
+        parts: those of each entry.
+    """
+
+    parts: tuple[tuple[InFile, ...], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Stored`."""
+        return self.parts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their shape together."""
+        return (len(self.parts), sum(part.shape[0] for part in self.parts[0]), *self.parts[0][0].shape[1:])
+
+    def read(self) -> Tensor:
+        """See `Stored`."""
+        return torch.stack([torch.cat([part.read() for part in entry]) for entry in self.parts])
+
+    def at(self, index: Mapping[int, Tensor]) -> Stored:
+        """See `Stored`; of single entries nothing else is read."""
+        if index.keys() == {0}:
+            return Stacked(tuple(self.parts[entry] for entry in index[0].tolist()))
+        return InMemory(select(self.read(), index))
 
 
 def select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
