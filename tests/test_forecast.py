@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import json
 import re
+import shlex
+import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -245,6 +247,29 @@ def test_what_changes_with_the_setup() -> None:
     assert training_memory(of, replace(alone, checkpointing=True))["activations"] < one["activations"] / 3
     carried = pruning_memory(of, replace(alone, processes=8, parallel="fsdp"), samples=64, length=64, moments=True)
     assert (carried["weights"], carried["moments"]) == (4 * of.params, 8 * of.params), "whole on each process"
+    on_disk = replace(alone, processes=8, parallel="fsdp", offload="disk")
+    carried = pruning_memory(of, on_disk, samples=64, length=64, moments=True)
+    assert (carried["weights"], carried["moments"]) == (0, 0), "on disk, once for a machine"
+
+
+def test_70b_trains_on_eight_cards_of_80_gb() -> None:
+    """Weights and gradients in bfloat16 and moments of 8 bits are 50 GiB on each of eight, of the model as it is."""
+    training = {
+        "source": "text.jsonl.gz", "tokens": "1B", "batch_tokens": 2**19, "length": 2048, "micro_batch_tokens": 2048, "gradient_checkpointing": True,
+        "weights": "bfloat16", "optimizer": "adamw8bit",
+    }  # fmt: skip
+    keys = {
+        "model": str(CONFIGS / "llama-3.1-70b"),
+        "method": "llm-pruner",
+        "training": training,
+        "calibration": {"source": "text.jsonl.gz"},
+    }
+    planned = dry_run(read(keys | {"budget": "99%", "parallel": "fsdp"}), processes=8)
+    assert (planned["offload"], planned["too_large"]) == ("disk", None)
+    of = planned["memory"]["training"]["of"]
+    assert sum(of[key] for key in ("weights", "gradients", "moments")) / 2**30 == pytest.approx(50, abs=1)
+    assert planned["memory"]["pruning"]["bytes"] < 20 * 2**30
+    assert dry_run(read(keys | {"budget": "99%"}), processes=8)["too_large"] is not None, "each whole"
 
 
 def test_groups_are_planned_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,6 +473,24 @@ def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
     plain = {"weights": "float32", "lora": None, "gradient_checkpointing": False, "micro_batch_tokens": None}
     assert f"training would hold {gib(**plain)[0]:.0f} GiB" in text
     assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes are for an H100" in text
+
+
+def test_the_job_of_the_page_is_a_script_and_its_recipe_fits(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    (job,), (recipe,) = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("bash", "yaml"))
+    assert subprocess.run(["bash", "-n"], input=job, text=True, capture_output=True, check=False).stderr == ""
+    command = shlex.split(job[job.index("srun") :].replace("\\\n", " "))
+    number = int(re.search(r"--nodes=(\d+)", job)[1]) * int(command[command.index("--nproc-per-node") + 1])  # type: ignore[index]
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    _, path, *rest = command[command.index("adapt_pruner") + 1 :]
+    assert (command[command.index("adapt_pruner") + 1], path, rest) == ("run", "recipe.yaml", ["-o", "runs/70b"])
+    planned = read(str(tmp_path / path), overrides=[f"model={CONFIGS / 'llama-3.1-70b'}"])
+    gib = {}
+    for processes in (8, number, 64):
+        plan = dry_run(planned, processes=processes)
+        assert plan["too_large"] is None
+        gib[processes] = [round(plan["memory"][phase]["bytes"] / 2**30) for phase in ("training", "pruning")]
+    assert gib == {8: [73, 18], 16: [50, 18], 64: [33, 18]}, "as the page says"
 
 
 def test_the_plan_lists_other_places_and_processes() -> None:

@@ -328,7 +328,9 @@ def test_settings_that_do_not_go_together_are_refused(keys: dict[str, Any], tmp_
     assert "training.micro_batch_tokens 64 is below its 128 tokens; leave micro_batch_tokens out" in refusal(
         **within, micro_batch_tokens=64
     )
-    assert "training.optimizer adamw8bit does not work with parallel 'fsdp'; set parallel to ddp" in refusal(parallel="fsdp")
+    assert "training.lora on weights in bfloat16 does not work with parallel 'fsdp'; set parallel to ddp" in refusal(
+        parallel="fsdp", lora={"rank": 2}, optimizer="adamw"
+    )
     assert "training.step_in_backward does not work with parallel 'fsdp'" in refusal(
         **within, parallel="fsdp", optimizer="adamw", weights="float32"
     )

@@ -1,17 +1,15 @@
 """Several processes make the run that one makes, step by step, whole or in shares; nothing is said or written twice.
 
-Two processes on this machine's CPU. What is compared with them runs alone, in the process of the tests. Started as a program, this
-file is the process of a launch; it is long, since all launches stand on one ground that is made once.
+Two processes on this machine's CPU. What is compared with them runs alone, in the process of the tests. The file is long, since all
+launches stand on one ground that is made once.
 """
 
 import json
 import os
 import pickle
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +30,7 @@ from adapt_pruner.train.loop import Step, TrainState, make_optimizer
 from adapt_pruner.train.objectives import lm
 from adapt_pruner.train.spread import spread
 from conftest import HANGS, read_json, tiny_model, train
+from forks import Forks, Said, command
 
 NUM = 2
 EVERY_STEP = {"checkpoint_minutes": 0, "keep_checkpoints": 99}
@@ -167,55 +166,32 @@ def work(base: Path) -> None:
 # --- launching
 
 
-@dataclass
-class Said:
-    """How a process ended, and what it said."""
+class Torchrun:
+    """Processes that torchrun starts."""
 
-    status: int
-    out: str
-    err: str
-
-
-class Launch:
-    """Processes that work together, started by hand as a launcher would, or by torchrun."""
-
-    def __init__(self, words: Sequence[Any], folder: Path, environment: dict[str, str], *, torchrun: bool) -> None:
+    def __init__(self, folder: Path, words: Sequence[Any]) -> None:
         folder.mkdir()
-        self._folder, self._torchrun, self._said = folder, torchrun, None
-        command = [sys.executable, *map(str, words)]
-        if torchrun:
-            options = ["--standalone", "--nproc-per-node", str(NUM), "--log-dir", str(folder), "--redirects", "3"]
-            commands = [([sys.executable, "-m", "torch.distributed.run", *options, *command[1:]], {})]
-        else:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                common = {"WORLD_SIZE": str(NUM), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            commands = [(command, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(NUM)]
-        self.running = [
-            subprocess.Popen(
-                words, env=environment | more, text=True, cwd=Path(__file__).parent,
-                stdout=(folder / f"{number}.out").open("w"), stderr=(folder / f"{number}.err").open("w"),
-            )
-            for number, (words, more) in enumerate(commands)
-        ]  # fmt: skip
+        self._folder = folder
+        options = ["--standalone", "--nproc-per-node", str(NUM), "--log-dir", str(folder), "--redirects", "3"]
+        self._running = subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, "-m", "adapt_pruner", *map(str, words)],
+            text=True, cwd=Path(__file__).parent, stdout=(folder / "out").open("w"), stderr=(folder / "err").open("w"),
+        )  # fmt: skip
 
     def said(self) -> list[Said]:
-        """What each process said in the end; with torchrun what the launcher said is the last."""
-        deadline = time.monotonic() + HANGS
-        for process in self.running:
-            try:
-                process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()  # processes that are out of step wait for each other; the next test need not
-                process.wait()
-        own = [
-            Said(process.returncode, *((self._folder / f"{number}.{end}").read_text() for end in ("out", "err")))
-            for number, process in enumerate(self.running)
-        ]
-        if not self._torchrun:
-            return own
+        """What each process said in the end, and last what the launcher said."""
+        try:
+            status = self._running.wait(timeout=HANGS)
+        except subprocess.TimeoutExpired:
+            status = self._running.kill() or self._running.wait()
         logs = [next(self._folder.glob(f"*/attempt_0/{rank}")) for rank in range(NUM)]
-        return [Said(own[0].status, *((log / f"{end}.log").read_text() for end in ("stdout", "stderr"))) for log in logs] + own
+        each = [Said(status, *((log / f"{end}.log").read_text() for end in ("stdout", "stderr"))) for log in logs]
+        return [*each, Said(status, *((self._folder / end).read_text() for end in ("out", "err")))]
+
+    def end(self) -> None:
+        """End what is left of it."""
+        self._running.kill()
+        self._running.wait()
 
 
 @dataclass
@@ -225,7 +201,7 @@ class Ground:
     base: Path
     recipe: Recipe
     one: Path
-    launches: dict[str, Launch]
+    launches: dict[str, Torchrun | Forks]
 
     def alone(self, name: str) -> Path:
         """The run that one process makes of a variant."""
@@ -256,27 +232,22 @@ def ground(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, text_fil
         (base / "recipes.json").write_text(json.dumps(shared))
         (base / "recipe.yaml").write_text(recipe.to_yaml())
 
-        def command(name: str, **settings: Any) -> list[Any]:
+        def words(name: str, **settings: Any) -> list[str]:
             given = [word for key, value in settings.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
-            return ["-m", "adapt_pruner", "run", base / "recipe.yaml", "-o", base / name, *given]
+            return ["run", str(base / "recipe.yaml"), "-o", str(base / name), *given]
 
-        environment = dict(os.environ)
-        launches = {
-            name: Launch(words, base / f"launch-{name}", environment, torchrun=name == "ddp")
-            for name, words in {
-                "ddp": command("ddp"),
-                "fsdp": command("fsdp", parallel="fsdp", **EVERY_STEP),
-                "misfit": command("misfit", training__batch_tokens=448),
-                "work": [__file__, base],
-            }.items()
+        fsdp, misfit = words("fsdp", parallel="fsdp", **EVERY_STEP), words("misfit", training__batch_tokens=448)
+        launches: dict[str, Torchrun | Forks] = {
+            "ddp": Torchrun(base / "launch-ddp", words("ddp")),
+            "fsdp": Forks(NUM, base / "launch-fsdp", command, *fsdp),
+            "misfit": Forks(NUM, base / "launch-misfit", command, *misfit),
+            "work": Forks(NUM, base / "launch-work", work, base),
         }
         try:
             yield Ground(base, recipe, base / "one", launches)
         finally:
-            for process in (process for launch in launches.values() for process in launch.running):
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
+            for launch in launches.values():
+                launch.end()
 
 
 def left_at(whole: Path, copy: Path, checkpoint: str) -> None:
@@ -520,7 +491,3 @@ def test_a_number_without_other_processes_means_nothing(monkeypatch: pytest.Monk
         assert (world.rank(), world.is_main()) == (0, True)
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (world.rank(), world.is_main()) == (3, False)
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]))

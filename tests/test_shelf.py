@@ -132,8 +132,8 @@ def test_scratch_is_gone_and_the_source_is_as_it_was(
     monkeypatch.setenv("ADAPT_PRUNER_SCRATCH", str(scratch))
     before = {path.name: path.read_bytes() for path in tiny_folder.iterdir()}
     written: list[Path | None] = []
-    keep = Shelf.written
-    monkeypatch.setattr(Shelf, "written", lambda self, numbers: written.append(self._scratch) or keep(self, numbers))
+    keep = Shelf.laid
+    monkeypatch.setattr(Shelf, "laid", lambda self, numbers: written.append(self._scratch) or keep(self, numbers))
     pruned(tiny_folder, text_file, tmp_path / "out", "adaptive-ls-v1", offload="disk")
     assert set(written) == {scratch}
     assert list(scratch.iterdir()) == []
@@ -279,3 +279,15 @@ def test_weights_are_read_a_few_times(tokenizer: Any, text_file: Path, tmp_path:
     assert 3 <= figures["weights_read"] <= 5
     embeddings = sum(count for shape, count in reads.items() if shape[0] == VOCAB)
     assert embeddings == 8, "of tokens and logits: each once in each of three passes, and to be written"
+
+
+def test_only_the_rows_that_are_left_are_read(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a process does that holds a share of a weight; those in between are read, too."""
+    weight = on_shelf(load(str(tiny_folder), shelving=Shelving.at("disk", tiny_folder)).model)[-1]
+    whole, sizes, read_one = weight.stored.read(), list[int](), Source.read
+    monkeypatch.setattr(Source, "read", lambda self, offset, size: sizes.append(size) or read_one(self, offset, size))
+    row = whole[0].nbytes
+    for rows in ([2, 5, 3], [], [0]):
+        left = weight.stored.at({0: torch.tensor([9, 1, *range(2, 7)])}).at({0: torch.tensor(rows, dtype=torch.int64)})
+        assert torch.equal(left.read(), whole[[9, 1, *range(2, 7)]][rows])
+    assert sizes == [4 * row, 0, row]

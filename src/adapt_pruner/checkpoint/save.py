@@ -32,7 +32,7 @@ from adapt_pruner.core.model import modeling_pruned, modeling_sliced
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, write_sizes
 from adapt_pruner.core.model.layers import decoder_layers
-from adapt_pruner.core.model.shelf import is_shelved
+from adapt_pruner.core.model.shelf import Shelved, is_shelved
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import check_place, folder_beside, is_there, lacks_disk_space, named, sync, why, write_failure
@@ -192,10 +192,10 @@ def save(
         RunError: a weight is not finite, or the folder could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype, as_it_says=weights is not None)
-    shelved = is_shelved(model)
     if weights is None:
-        weights = tensors_of(model) if shelved else model.state_dict()
+        weights = tensors_of(model) if is_shelved(model) else model.state_dict()
     state: dict[str, torch.Tensor] = dict(weights)
+    shelved = is_shelved(model) or any(isinstance(tensor, Shelved) for tensor in state.values())
     if not shelved:
         check_finite(Path(path), state, dtype=dtype)
     check_fits(Path(path), state, dtype=dtype)

@@ -20,16 +20,9 @@ from adapt_pruner.core.system.strict_json import to_json
 _SHARD_BYTES = 5_000_000_000  # of a file, as is usual on the hub
 
 
-def tensors_of(model: nn.Module, *, changed: bool = False) -> dict[str, Tensor]:
-    """The parameters and persistent buffers of a model by name, tied ones once; those on a shelf are without numbers.
-
-    With `changed`, those on a shelf that are as in the model's files are left out.
-    """
-    parameters: dict[str, Tensor] = {
-        name: weight
-        for name, weight in model.named_parameters()
-        if not (changed and isinstance(weight, Shelved) and not weight.changed)
-    }
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and persistent buffers of a model by name, tied ones once; those on a shelf are without numbers."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     again = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return parameters | {name: tensor for name, tensor in model.state_dict().items() if name not in again}
 
@@ -59,20 +52,34 @@ def write_shards(
         places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         (folder / filenames.WEIGHTS_INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
-    called = {getattr(torch, torch_name): name for name, torch_name in FORMATS.items()} | {torch.int64: "I64", torch.bool: "BOOL"}
     for file, names in zip(files, shards, strict=True):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name in names:
-            offsets = [end, end := end + sizes[name]]
-            header[name] = {"dtype": called[formats[name]], "shape": list(tensors[name].shape), "data_offsets": offsets}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / file).open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name in names:
-                weight = tensors[name]
-                numbers = weight.stored.read() if isinstance(weight, Shelved) else weight.detach()
-                check(name, numbers)
-                numbers = numbers.to("cpu", formats[name]).contiguous()
-                out.write(numbers.view(-1).view(torch.uint8).numpy().data)
+        write_file({name: tensors[name] for name in names}, folder / file, formats, check=check)
+
+
+_CALLED = {getattr(torch, torch_name): name for name, torch_name in FORMATS.items()} | {
+    torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def write_file(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    formats: Mapping[str, torch.dtype],
+    *,
+    check: Callable[[str, Tensor], None] = lambda name, numbers: None,
+) -> None:
+    """Write one safetensors file, one tensor after the other; for the arguments see `write_shards`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.numel() * formats[name].itemsize]
+        header[name] = {"dtype": _CALLED[formats[name]], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, tensor in tensors.items():
+            numbers = tensor.stored.read() if isinstance(tensor, Shelved) else tensor.detach()
+            check(name, numbers)
+            numbers = numbers.to("cpu", formats[name]).contiguous()
+            out.write(numbers.view(-1).view(torch.uint8).numpy().data)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from adapt_pruner.checkpoint.config import random_model
@@ -38,6 +38,7 @@ from adapt_pruner.core.model.shelf import (
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import RunError, UsageError
 
+_FORMATS = {**FORMATS, "U8": "uint8"}
 _LARGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 
 
@@ -158,6 +159,15 @@ def shelved_model(
     return model
 
 
+def lying(model: Any, file: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, where they lie; it may be removed afterwards."""
+    shelf = on_shelf(model)[0].shelf
+    return {
+        name: Shelved.of(place, shelf, place.shape, dtype=place.dtype, device=torch.device("cpu"))
+        for name, place in places(file).items()
+    }
+
+
 def lay_over(model: Any, folder: Path) -> None:
     """Put the weights of a checkpoint in the place of a model's own; biases that a repair added are added again.
 
@@ -253,9 +263,9 @@ def places(path: Path) -> dict[str, InFile]:
         header.pop("__metadata__", None)
         source, found = Source(path), {}
         for name, about in header.items():
-            dtype, shape = getattr(torch, FORMATS.get(about["dtype"], ""), torch.int8), tuple(map(int, about["shape"]))
+            dtype, shape = getattr(torch, _FORMATS.get(about["dtype"], ""), torch.int8), tuple(map(int, about["shape"]))
             begin, end = map(int, about["data_offsets"])
-            if about["dtype"] in FORMATS and end - begin != torch.Size(shape).numel() * dtype.itemsize:
+            if about["dtype"] in _FORMATS and end - begin != torch.Size(shape).numel() * dtype.itemsize:
                 raise ValueError(f"{name!r} has {end - begin:,} bytes for {' × '.join(map(str, shape))} numbers")
             if begin < 0 or 8 + length + end > size:
                 raise ValueError(f"{name!r} ends at byte {8 + length + end:,} of {size:,}")

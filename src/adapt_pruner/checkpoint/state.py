@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded, load
 from adapt_pruner.checkpoint.save import check_fits, save
-from adapt_pruner.checkpoint.shards import tensors_of
-from adapt_pruner.checkpoint.shelved import Offload, Shelving, lay_over
+from adapt_pruner.checkpoint.shards import write_file
+from adapt_pruner.checkpoint.shelved import Offload, Shelving, lay_over, lying
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
-from adapt_pruner.core.model.shelf import is_shelved
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded, files_in
@@ -51,7 +50,8 @@ def save_state(
 
     Args:
         loaded: the model being made; its config and tokenizer are written, with `weights` as its weights.
-        weights: by name, float32, whole; LoRA adapters included.
+        weights: by name, float32, LoRA adapters included; of a model on a shelf, those that changed. What is a `Shelved` is read, or
+            gathered from all processes, when it is written.
         moments: by name, see the top of this file.
         mask: against the dense model.
         pruning: how the model was made so far; plain data.
@@ -61,8 +61,6 @@ def save_state(
     Raises:
         RunError: the checkpoint could not be written; nothing is left under `path`.
     """
-    if is_shelved(loaded.model):
-        weights = tensors_of(loaded.model, changed=True)
     base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
     additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
     check_fits(path, base, moments, additions, dtype=torch.float32)
@@ -70,7 +68,7 @@ def save_state(
     def write_more(folder: Path) -> None:
         for name, tensors in ((filenames.MOMENTS, moments), (filenames.ADAPTERS, additions)):
             if tensors:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / name)
+                write_file(tensors, folder / name, {key: tensor.dtype for key, tensor in tensors.items()})
         files = {name: [file.stat().st_size, _digest(file)] for name, file in files_in(folder).items()}
         whole = {**state, "files": files}
         (folder / filenames.STATE).write_text(to_json({**whole, "sha256": _fingerprint(whole)}) + "\n", encoding="utf-8")
@@ -123,7 +121,7 @@ def load_state(
     Args:
         path: the checkpoint.
         state: what `read_state` returned; its `start` describes the model at the start of the run (see `start_of`).
-        device: for the model; moments and additions lie on the CPU.
+        device: for the model; moments and additions lie on the CPU, or moments in their file if the model is on a shelf.
         offload: where weights of a model on a shelf lie from now on, as a recipe names it; otherwise where they lay.
         trust_remote_code: run Python code that comes with the model of the run.
     """
@@ -139,7 +137,9 @@ def load_state(
     extras: dict[str, Tensor] = {}
     for name in (filenames.MOMENTS, filenames.ADAPTERS):
         file = path / name
-        if file.is_file():  # copied to aligned memory, because products with unaligned tensors may round differently
+        if file.is_file() and name == filenames.MOMENTS and place != "none":
+            extras |= lying(loaded.model, file)
+        elif file.is_file():  # copied to aligned memory, because products with unaligned tensors may round differently
             extras |= {key: tensor.clone() for key, tensor in load_file(file).items()}
     start = state["start"]
     loaded = replace(

@@ -60,9 +60,11 @@ def check_fitting(recipe: "Recipe") -> None:
         raise ValueError(
             "training.weights 'bfloat16' are multiplied in bfloat16, and dtype is 'float32'; set dtype to auto or training.weights to float32"
         )
-    spread = [training.in_fewer_bits, "training.step_in_backward" if training.step_in_backward else None]
-    if recipe.parallel == "fsdp" and (unfit := next(filter(None, spread), None)):
-        raise ValueError(f"{unfit} does not work with parallel 'fsdp'; set parallel to ddp, or take float32 weights and adamw")
+    narrow_lora = training.lora is not None and training.weights == "bfloat16"
+    unfit = {"training.step_in_backward": training.step_in_backward, "training.lora on weights in bfloat16": narrow_lora}
+    if recipe.parallel == "fsdp" and any(unfit.values()):
+        what = next(what for what, given in unfit.items() if given)
+        raise ValueError(f"{what} does not work with parallel 'fsdp'; set parallel to ddp, or leave it out")
     shards = training.shards
     if not isinstance(shards, str) and len(shards) != recipe.stages:
         raise ValueError(

@@ -153,6 +153,11 @@ class Setup:
         return 2 * (self.bits / 8 + {32: 0, 8: 4 / 256, 4: 4 / 128}[self.bits])
 
     @property
+    def sharded(self) -> bool:
+        """Whether a process holds a share of weights, gradients and moments while it trains."""
+        return self.parallel == "fsdp" and self.processes > 1
+
+    @property
     def learnt(self) -> int:
         """Bytes of a number that is trained, and of its gradient."""
         return 4 if self.lora else self.stored
@@ -182,8 +187,7 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
         part -> bytes; see `process_bytes` for what a process then occupies.
     """
     element = 2 if how.narrow else 4
-    sharded = how.parallel == "fsdp" and how.processes > 1
-    shares = how.processes if sharded else 1
+    shares = how.processes if how.sharded else 1
     trained = how.trained(of)
     parts = {
         "weights": (how.stored * of.params + (4 * trained if how.lora else 0)) // shares,
@@ -191,7 +195,7 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
         "moments": round(how.moments * trained) // shares,
     }
     temporary = 0
-    if sharded:
+    if how.sharded:
         outside = of.params - of.decoder
         parts["gathered shards"] = element * (outside + 2 * of.largest) + (element + 4) * max(outside, of.largest)
     else:
@@ -201,7 +205,7 @@ def training_memory(of: Shapes, how: Setup) -> dict[str, int]:
             temporary = how.stored * of.head * (2 if of.tied else 1) + (parts["bfloat16 copies"] if again else 0)
     norm = 2 * (how.stored + element)
     parts["activations"] = _activations(of, how, norm=norm)
-    parts["loss"] = _loss(of, how, learns=not how.lora, gathered=sharded)
+    parts["loss"] = _loss(of, how, learns=not how.lora, gathered=how.sharded)
     if how.checkpointing:
         parts["loss"] = max(0, parts["loss"] - how.tokens * _layers(of, how, norm=norm) // of.layers)
     parts["temporary buffers"] = max(0, temporary - parts["activations"] - parts["loss"])
@@ -221,7 +225,8 @@ def pruning_memory(
     reads: bool = False,
     halved: bool = False,
 ) -> dict[str, int]:
-    """Bytes of one process at the peak of scoring, by what holds them. Each process holds the whole model, with FSDP too.
+    """Bytes of one process at the peak of scoring, by what holds them. With FSDP, too, each process holds all weights, unless they
+    lie on disk, where carried moments lie then as well.
 
     Weights take 4 N, and moments as in training if they are carried from stage to stage. Gradients, bfloat16 copies and activations are
     those of k layers (`core.model.layers.layers_at_once`). Hidden states between groups of k layers, with their gradients, are held
@@ -320,7 +325,7 @@ def _held(of: Shapes, how: Setup, *, moments: bool) -> dict[str, int]:
     """Bytes that a process holds as long as it prunes."""
     held = {
         "weights": {"none": 4, "cpu": how.file_bytes, "disk": 0}[how.offload] * of.params,
-        "moments": round(how.moments * of.params) if moments else 0,
+        "moments": round(how.moments * of.params) if moments and not (how.offload == "disk" and how.sharded) else 0,
     }
     if how.teacher is not None:
         held["teacher"] = (2 if how.narrow else 4) * how.teacher.params

@@ -44,8 +44,7 @@ def dry_run(
             or f"latency {recipe.latency} needs a measurement, but the weights of {recipe.model} are not on this machine; set a "
             "budget instead"
         )
-    work, how = on_paper(recipe, here=here, trust_remote_code=trust_remote_code)
-    how = replace(how, processes=processes)
+    work, how = on_paper(recipe, here=here, trust_remote_code=trust_remote_code, processes=processes)
     free = PAPER[how.device].memory
     if here or how.device == "cpu":
         free = free_bytes(pick_device(recipe.device))

@@ -24,7 +24,6 @@ from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shelf import SCRATCH
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
-from adapt_pruner.core.system.memory import processes_here
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
@@ -353,7 +352,7 @@ def check_scratch(work: Work, scratch: Path) -> None:
     hidden = len(decoder_layers(model, work.axes)) * recipe.calibration.samples * recipe.calibration.length * shapes(model).width
     if not scratch.is_dir():
         raise UsageError(f"{scratch} is no folder, and changed weights would go there; make it, or name another in {SCRATCH}")
-    if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed * processes_here() + hidden)):
+    if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed + hidden)):
         raise UsageError(
             f"{scratch} has {free / _GIB:.1f} GiB left, and pruning writes up to {needed / _GIB:.1f} GiB of changed weights and hidden states there; "
             f"make room, or name a folder on another disk in {SCRATCH}"

@@ -235,7 +235,8 @@ def _that_fits(recipe: Recipe, *, trust_remote_code: bool) -> Recipe:
     If neither fits, the probe refuses the recipe.
     """
     _, trouble = placed(recipe, trust_remote_code=trust_remote_code, again=True)
-    if not trouble or recipe.training.weights == "bfloat16" or recipe.training.lora is not None or recipe.dtype == "float32":
+    chosen = recipe.training.weights == "bfloat16" or recipe.training.lora is not None or recipe.parallel == "fsdp"
+    if not trouble or chosen or recipe.dtype == "float32":
         return recipe
     lean = recipes.read(recipe.model_dump(mode="json", exclude_unset=True), values=_LEAN, shared=True)
     _, still = placed(lean, trust_remote_code=trust_remote_code, again=True)

@@ -63,8 +63,10 @@ from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
 
-def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> tuple[Work, Setup]:
+def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False, processes: int | None = None) -> tuple[Work, Setup]:
     """A run by its config.json alone, planned as far as that tells, and how it trains: on this machine, or else on a GPU or CPU.
+
+    It is one of so many `processes`, or of those that run now.
 
     Raises:
         UsageError: the model cannot be loaded, or the recipe does not fit it.
@@ -86,11 +88,11 @@ def on_paper(recipe: Recipe, *, here: bool, trust_remote_code: bool = False) -> 
     if recipe.training.teacher is not None:
         teacher = shapes(load_shapes(recipe.training.teacher, trust_remote_code=trust_remote_code))
     if here:
-        how = setup_of(work, device=pick_device(recipe.device), teacher=teacher)
+        how = setup_of(work, device=pick_device(recipe.device), teacher=teacher, processes=processes)
         return work, replace(how, offload=offload_of(work, how, free=free_bytes(pick_device(recipe.device))))
     device = "cpu" if recipe.device == "cpu" else "cuda"
     narrow = recipe.dtype == "bfloat16" or (recipe.dtype == "auto" and device == "cuda")
-    how = replace(setup_of(work, device=torch.device(device), teacher=teacher), narrow=narrow)
+    how = replace(setup_of(work, device=torch.device(device), teacher=teacher, processes=processes), narrow=narrow)
     return work, replace(how, offload=offload_of(work, how, free=PAPER[device].memory))
 
 

@@ -35,7 +35,7 @@ from adapt_pruner.train.adapters import adapted
 from adapt_pruner.train.kernels import kernels, stored_as
 from adapt_pruner.train.loop import Objective, Step, TrainConfig, make_optimizer, steps
 from adapt_pruner.train.objectives import BesideNll, kl_to_goal, lm, named_loss
-from adapt_pruner.train.spread import full_state, load_moments, spread
+from adapt_pruner.train.spread import full_state, gathering, load_moments, spread, widen
 from adapt_pruner.work import Work
 
 _SLOW = 2 / 3  # share of the tokens asked for: a warning says if less than this fits in the time
@@ -102,6 +102,8 @@ class Trainer:
         """Free the optimiser's moments if the recipe does not carry them through cuts; scoring can then use their memory."""
         if self._work.optimizer is not None and self._work.recipe.moments == "reset":
             self._work.optimizer.state.clear()
+        elif self._work.optimizer is not None:
+            widen(self._work.model, self._work.optimizer)
 
     def begin_stage(self) -> None:
         """Prepare a stage's training after its cuts, and save a checkpoint. New biases are trained without weight decay."""
@@ -267,7 +269,7 @@ class Trainer:
                 work.state.feed = work.data.feed.state()
             weights, moments = full_state(*self._working)
             write = self._save
-            world.on_main(lambda: write(name, weights, moments, log_size=log_size))
+            world.on_main(lambda: write(name, weights, moments, log_size=log_size), helped=gathering(weights, moments))
         self._unsaved = None
         self._saved = time.monotonic()
         self._last_save = self._saved - began
@@ -308,8 +310,13 @@ class Trainer:
             self._work.model, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, bits=training.moment_bits,
             torchao=training.needs_torchao, compiled=training.compile,
         )  # fmt: skip
-        load_moments(self._work.model, optimizer, self._tensors)
+        load_moments(self._work.model, optimizer, self._tensors, stay=self._shares)
         return optimizer
+
+    @property
+    def _shares(self) -> bool:
+        """Whether each process holds a share of the model while it trains."""
+        return self._work.recipe.parallel == "fsdp" and world.size() > 1
 
     @contextmanager
     def _at_work(self) -> Iterator[tuple[Any, Any]]:
@@ -317,7 +324,9 @@ class Trainer:
         work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
-            stack.enter_context(stored_as(work.model, getattr(torch, training.weights)))
+            weights = getattr(torch, training.weights)
+            if not self._shares:
+                stack.enter_context(stored_as(work.model, weights))
             if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
                 stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
@@ -329,8 +338,11 @@ class Trainer:
             self._tensors = {}  # the checkpoint's are used up; later stages begin with new additions
             assert optimizer is not None
             model: Any = work.model
-            if work.recipe.parallel == "fsdp":
-                model, optimizer = stack.enter_context(spread(model, optimizer, dtype=work.recipe.dtype))
+            if self._shares:
+                moments = training.lora is None and work.recipe.moments == "carry" and work.state.stage < work.recipe.stages
+                model, optimizer = stack.enter_context(
+                    spread(model, optimizer, dtype=work.recipe.dtype, weights=weights, moments=moments)
+                )
             if work.weight_mask is not None and (work.state.pruned or not work.recipe.makes_zeros):
                 stack.enter_context(work.weight_mask.keeping_zeros(model))
             again = training.gradient_checkpointing

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapt_pruner.core.model.shelf import numbers_of
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError
 
@@ -56,7 +57,8 @@ def _merge(model: Any, *, seed: int) -> None:
     for module in model.modules():
         if hasattr(module, "get_delta_weight"):
             weight = module.get_base_layer().weight
-            weight.copy_(_rounded(weight.float() + module.get_delta_weight("default"), weight.dtype, generator))
+            with numbers_of(weight):
+                weight.copy_(_rounded(weight.float() + module.get_delta_weight("default"), weight.dtype, generator))
 
 
 def _rounded(numbers: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

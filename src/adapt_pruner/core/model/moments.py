@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adapt_pruner.core.model.shelf import numbers_of
+
 _POWERS = {"exp_avg": 1, "momentum_buffer": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}  # of the gradient, in torch's optimisers
 
 
@@ -62,7 +64,8 @@ def multiply(optimizer: Optimizer, parameter: nn.Parameter, factor: float) -> No
     """Follow, in place, a parameter that was multiplied by a positive factor: its gradient g is now g / factor."""
     for key, moment in optimizer.state.get(parameter, {}).items():
         if key in _POWERS:
-            (moment.scale if is_quantised(moment) else moment).mul_(factor ** -_POWERS[key])
+            with numbers_of(moment):
+                (moment.scale if is_quantised(moment) else moment).mul_(factor ** -_POWERS[key])
 
 
 def forget(optimizer: Optimizer, gone: set[nn.Parameter]) -> None:

@@ -15,9 +15,10 @@ which the system removes with the process.
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core.model.precision import casting_once
+from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import write_failure
 from adapt_pruner.errors import RunError
 
@@ -124,13 +126,13 @@ class InFile:
 
     def read(self) -> Tensor:
         """See `Stored`."""
-        whole = torch.Size(self.shape).numel() * self.dtype.itemsize
-        rows = self.index.get(0)
-        if rows is not None and len(rows) == 1:  # an expert of many
-            entry, shape = whole // self.shape[0], (1, *self.shape[1:])
-            numbers = self.source.read(self.offset + int(rows[0]) * entry, entry).view(self.dtype).view(shape)
-            return select(numbers, {dim: stays for dim, stays in self.index.items() if dim})
-        return select(self.source.read(self.offset, whole).view(self.dtype).view(self.shape), self.index)
+        index, (length, *others) = dict(self.index), self.shape or (1,)
+        row, first, stop = torch.Size(others).numel() * self.dtype.itemsize, 0, length
+        if (rows := index.get(0)) is not None:  # those before and after are not read
+            first, stop = (int(rows.min()), int(rows.max()) + 1) if len(rows) else (0, 0)
+            index[0] = rows - first
+        numbers = self.source.read(self.offset + first * row, (stop - first) * row).view(self.dtype)
+        return select(numbers.view(stop - first, *others) if self.shape else numbers.view(()), index)
 
     def at(self, index: Mapping[int, Tensor]) -> "InFile":
         """See `Stored`."""
@@ -170,7 +172,9 @@ class Stacked(Stored):
 
 
 def select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
-    """The numbers at these indices along these dimensions, contiguous."""
+    """The numbers at these indices along these dimensions, contiguous; of a tensor on a shelf, which stays there."""
+    if isinstance(tensor, Shelved):
+        return tensor.cut(index)
     for dim, stays in index.items():
         tensor = tensor.index_select(dim, stays.to(tensor.device))
     return tensor.contiguous()
@@ -178,7 +182,7 @@ def select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
 
 def absent(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that reads as NaN everywhere, refuses to be written to, and takes the memory of one number."""
-    return torch.full((), torch.nan, dtype=dtype, device=device).expand(tuple(shape))
+    return torch.full((), torch.nan if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(tuple(shape))
 
 
 class Shelved(nn.Parameter):
@@ -202,7 +206,7 @@ class Shelved(nn.Parameter):
     @classmethod
     def of(cls, stored: Stored, shelf: "Shelf", shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> "Shelved":
         """A parameter that is on the shelf."""
-        new = cls(absent(shape, dtype=dtype, device=device))
+        new = cls(absent(shape, dtype=dtype, device=device), requires_grad=dtype.is_floating_point)
         new.stored, new.shelf, new.here, new.wide, new.changed = stored, shelf, False, dtype, False
         return new
 
@@ -230,9 +234,14 @@ class Shelved(nn.Parameter):
         self.here, self._seen = True, self._version
 
     def put_back(self) -> None:
-        """Drop the numbers, and write them to the shelf first if they were changed."""
+        """Drop the numbers, and write them to the shelf first if they were changed, as all processes have changed them."""
         if self._version != self._seen:
-            self.stored, self.changed = self.shelf.written(self.data), True
+            numbers = self.data.clone() if isinstance(self.stored, InMemory) else self.data
+            (self.stored,), self.changed = self.shelf.laid_together([numbers]), True
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop the numbers; what was changed is lost."""
         self.data, self.here = absent(self.shape, dtype=self.wide, device=self.device), False
 
 
@@ -265,29 +274,57 @@ class Shelf:
         return self._scratch is not None
 
     def laid(self, numbers: Tensor) -> Stored:
-        """Lay numbers here that nobody changes any more."""
-        return InMemory(numbers) if self._scratch is None else self.written(numbers)
-
-    def written(self, numbers: Tensor) -> Stored:
-        """Keep changed numbers on the shelf.
+        """Lay numbers here that nobody changes any more.
 
         Raises:
             RunError: there is no room.
         """
         if self._scratch is None:
-            return InMemory(numbers.clone())
+            return InMemory(numbers)
         cpu = numbers.detach().cpu().contiguous()
+        with self._written(), tempfile.TemporaryFile(dir=self._scratch) as file:
+            file.write(cpu.view(-1).view(torch.uint8).numpy().data)
+            file.flush()
+            source = Source(self._scratch, os.dup(file.fileno()))
+        return InFile(source, 0, cpu.dtype, tuple(cpu.shape))
+
+    def laid_together(self, tensors: Iterable[Tensor]) -> list[Stored]:
+        """Lay tensors here that every process has, one after the other; on a disk the processes of a machine share one file.
+
+        Every process must call this.
+
+        Raises:
+            RunError: there is no room.
+        """
+        if self._scratch is None or world.size() == 1:
+            return [self.laid(numbers) for numbers in tensors]
+        writes = int(os.environ.get("LOCAL_RANK", world.rank())) == 0
+        path = self._scratch / f".weights-{world.agreed(uuid.uuid4().hex)}-{os.environ.get('GROUP_RANK', 0)}"
+        places, end = list[tuple[int, torch.dtype, tuple[int, ...]]](), 0
+        with self._written(), ExitStack() as stack:
+            file = stack.enter_context(path.open("xb")) if writes else None
+            world.meet()
+            number = os.open(path, os.O_RDONLY)
+            world.meet()
+            path.unlink(missing_ok=True)  # still empty; the system removes it with the processes
+            for numbers in tensors:
+                if file is not None:
+                    file.write(numbers.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                places.append((end, numbers.dtype, tuple(numbers.shape)))
+                end += numbers.nbytes
+        world.meet()
+        source = Source(self._scratch, number)
+        return [InFile(source, *place) for place in places]
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
         try:
-            with tempfile.TemporaryFile(dir=self._scratch) as file:
-                file.write(cpu.view(-1).view(torch.uint8).numpy().data)
-                file.flush()
-                source = Source(self._scratch, os.dup(file.fileno()))
+            yield
         except OSError as error:
             raise RunError(
                 f"changed weights could not be written to {self._scratch} ({write_failure(error) or error.strerror}); free some "
                 f"space, or name a folder on another disk in {SCRATCH}"
             ) from error
-        return InFile(source, 0, cpu.dtype, tuple(cpu.shape))
 
     def read(self, weights: Sequence[Shelved], layers: Sequence[nn.Module]) -> list[Tensor]:
         """The stored numbers of the weights of some layers; the next layer is read meanwhile."""
@@ -368,10 +405,13 @@ def _filled(away: Sequence[Shelved], read: Callable[[], list[Tensor]], narrow: t
             for weight in away:
                 weight.fetch(found.pop(0), narrow=narrow)
         yield
-    finally:
         for weight in away:
             if weight.here:
                 weight.put_back()
+    finally:
+        for weight in away:
+            if weight.here:  # after an error, which other processes may not have
+                weight.drop()
         if away:
             torch.clear_autocast_cache()  # otherwise an enclosing autocast keeps cast copies of every layer
 
@@ -412,7 +452,7 @@ def in_memory(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
         weight.stored, weight.changed, weight.here = InMemory(weight.data), True, True
     yield
     for weight in away:
-        weight.stored = weight.shelf.laid(weight.data)
+        (weight.stored,) = weight.shelf.laid_together([weight.data])
         weight.data, weight.here = absent(weight.shape, dtype=weight.wide, device=weight.device), False
 
 

@@ -38,11 +38,6 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def processes_here() -> int:
-    """Number of processes that a launcher started on this machine; 1 without one."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def usable_bytes() -> int | None:
     """Bytes of memory that this process may hold: those it holds, and those free on this machine and in its container.
 
@@ -58,7 +53,7 @@ def usable_bytes() -> int | None:
             stat = (_CONTAINER / used).with_name("memory.stat").read_text(encoding="ascii")
             cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("inactive_file", "active_file"))
             free = min(free, max(0, most - now + cache))
-    return free // processes_here() + held
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held
 
 
 def free_bytes(device: torch.device) -> int | None:

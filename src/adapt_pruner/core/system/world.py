@@ -10,8 +10,9 @@ and watches the counts of the others. A process whose count does not move for `S
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -149,8 +150,33 @@ def any_of(flag: bool) -> bool:
     return bool(count)
 
 
-def on_main(do: Callable[[], T]) -> T:
-    """Call `do` on the main process only, and return its result on every process. The others wait.
+def meet() -> None:
+    """Wait until every process has come here."""
+    sum_in_place(torch.zeros(1))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    key: str
+
+
+@contextmanager
+def together(key: str) -> Iterator[None]:
+    """For the main process within `on_main`: meanwhile the others call the function that they have under this key."""
+    agreed(_Asked(key))
+    _alone.clear()
+    try:
+        yield
+    finally:
+        _alone.set()
+
+
+def on_main(do: Callable[[], T], *, helped: Mapping[str, Callable[[], object]] | None = None) -> T:
+    """Call `do` on the main process only, and return its result on every process. The others wait, or help.
+
+    Args:
+        do: what the main process does.
+        helped: what the others do when it asks them to by `together`.
 
     Raises:
         UsageError, RunError: `do` raised it; then every process raises it.
@@ -166,7 +192,9 @@ def on_main(do: Callable[[], T]) -> T:
             outcome = (None, error)
         finally:
             _alone.clear()
-    result, trouble = agreed(outcome)
+    while isinstance(answer := agreed(outcome), _Asked):
+        (helped or {})[answer.key]()
+    result, trouble = answer
     if trouble is not None:
         raise of_all(trouble)
     return cast(T, result)
