@@ -85,7 +85,12 @@ def law(device: str, most: int) -> Iterator[Row]:
     from adapt_pruner.core.model.cut import cut, gated
     from adapt_pruner.families import admission
 
-    layouts = [(name, config) for family in families.all_families() for name, config in family.tiny().items()]
+    layouts = [
+        (name, config)
+        for family in families.all_families()
+        if not hasattr(family, "TASK")
+        for name, config in family.tiny().items()
+    ]
     for name, config in [layout for layout in layouts if not layout[1].is_heterogeneous][:most]:
         model = admission.tiny_model(config).to(device)
         axes = [axis for axis in families.axes(model) if axis.kind != "vocabulary"]

@@ -436,16 +436,16 @@ def test_things_that_are_not_models(tmp_path: Path, tiny_folder: Path) -> None:
     for raw, said in (
         (
             {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
-            "'bert', which is not a causal language model; known families: gemma3_text, llama",
+            "'bert', which is not a causal language model; known families: clip, gemma3_text, llama",
         ),
         ({"model_type": "t5", "is_encoder_decoder": True}, "'t5', which is not a causal"),
         (
             {"model_type": "lemma", "architectures": ["Lemma"], "auto_map": {"AutoModelForCausalLM": "modeling_lemma.Lemma"}},
-            "'lemma', which belongs to no known family; known: gemma3_text",
+            "'lemma', which belongs to no known family; known: clip, gemma3_text",
         ),
         (
             {"model_type": "opt", "architectures": ["OPTForCausalLM"]},
-            "'opt' may be removed, .*its modules have other names than those of a Llama.*known: gemma3_text, llama, mistral",
+            "'opt' may be removed, .*its modules have other names than those of a Llama.*known: clip, gemma3_text, llama, mistral",
         ),
         ({"hidden_size": 4}, "names no model_type"),
     ):

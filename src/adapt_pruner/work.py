@@ -35,6 +35,19 @@ from adapt_pruner.score.calibrate import Evidence, mean_loss
 from adapt_pruner.train.loop import Step, TrainState
 
 
+def task_for(model: Any, name: str = "causal_lm") -> TextTask:
+    """The task of this name; `causal_lm` stands for what the model's family learns.
+
+    Raises:
+        UsageError: the model learns something else.
+    """
+    learns = families.task_of(model.config)
+    if name not in ("causal_lm", learns) and learns != "causal_lm":
+        raise UsageError(f"a model of type {model.config.model_type!r} learns {learns}, and task is {name!r}; leave task out")
+    task: TextTask = parts.bind("task", learns if name == "causal_lm" else name)()
+    return task
+
+
 @dataclass(frozen=True)
 class Change:
     """One step of a reduction.
@@ -359,7 +372,7 @@ class Work:
         weight_mask: which single weights stay and which are zero; None for a model without such zeros.
         training: trains up to row `until`, step by step (see `run.training.Trainer.train_steps`), for a reduction that needs
             `training`; None as long as no `Trainer` is at work.
-        task: what the model learns, as the recipe names it.
+        task: what the model learns; see `task_for`.
     """
 
     loaded: Loaded
@@ -381,7 +394,7 @@ class Work:
     def __post_init__(self) -> None:
         self._earlier = sum(self.state.spent.values())
         self.reduction: Reduction = parts.bind("reduce", self.recipe.reduce)()
-        self.task: TextTask = parts.bind("task", self.recipe.task)()
+        self.task = task_for(self.model, self.recipe.task)
         self.weight_mask = self.weight_mask or self.loaded.weight_mask
 
     @classmethod
@@ -438,6 +451,12 @@ class Work:
         began = self.state.began or families.sizes(self.model)
         narrowest = min((size for name, size in began.items() if name.endswith(".neurons")), default=0)
         return next((multiple for least, multiple in _WIDTHS if narrowest >= least), 1)
+
+    @property
+    def pass_tokens(self) -> int | None:
+        """Training tokens in one pass, None for what the device gets: of samples that are told apart together, those of a whole step."""
+        training = self.recipe.training
+        return training.pass_tokens or (training.step_tokens if len(self.task.towers) > 1 else None)
 
     @property
     def num_params(self) -> int:

@@ -63,7 +63,9 @@ class Evaluation:
         tokens: number of predicted tokens.
         windows: number of windows read.
         seconds: time that reading them took.
-        tokens_per_second: speed of a forward pass.
+        tokens_per_second: speed of a forward pass; of a model that reads pictures, pairs a second.
+        judged: what else the model's task measures, such as the retrieval of CLIP.
+        by_text: nll on each text of a mixture.
         chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
@@ -84,6 +86,8 @@ class Evaluation:
     windows: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
+    judged: dict[str, float] = field(default_factory=dict)
+    by_text: dict[str, float] = field(default_factory=dict)
     chat: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, float] | None = None
@@ -94,6 +98,7 @@ class Evaluation:
         if self.perplexity is not None:
             bits = "" if self.bits_per_byte is None else f" ({self.bits_per_byte:.4f} bits a byte)"
             lines.append(f"perplexity {self.perplexity:.2f}{bits}, over {self.tokens:,} tokens in {self.windows} windows")
+        lines += [f"{name} {share:.1%}" for name, share in self.judged.items()]
         if self.tokens_per_second is not None:
             lines.append(f"reads {self.tokens_per_second:,.0f} tokens a second")
         if self.chat is not None:

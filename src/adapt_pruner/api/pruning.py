@@ -76,7 +76,7 @@ class Result:
         """The model with everything that belongs to it, in float32; loaded at first use."""
         from adapt_pruner.checkpoint.load import load, pick_device
 
-        return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust)
+        return load(str(self.path), device=pick_device(self.recipe.device), trust_remote_code=self._trust, any_task=True)
 
     @property
     def model(self) -> Any:

@@ -14,6 +14,7 @@ from adapt_pruner.checkpoint.compatible_names import stock_name, stock_type
 from adapt_pruner.checkpoint.save import needs_own_code
 from adapt_pruner.checkpoint.untrusted import code_in, without_code
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
+from adapt_pruner.core.model.task import LOADED_BY
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, option
@@ -38,7 +39,8 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
             if (path := Path(folder, filenames.CONFIG)).is_file() and not isinstance(read_json(path), dict):
                 raise UsageError(f"model {name!r} cannot be loaded: its config.json holds no JSON object; get the folder again")
             raw, _ = PreTrainedConfig.get_config_dict(folder)
-            if "model_type" in raw and stock_type(raw) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            types = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *families.model_types()}
+            if "model_type" in raw and stock_type(raw) in types:
                 raw["model_type"] = stock_type(raw)
             _check_type(raw, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, name, any_family=any_family)
             plain = without_code(raw)
@@ -52,11 +54,11 @@ def read_config(folder: str, options: dict[str, Any], name: str, *, any_family: 
                 options["trust_remote_code"] = False
                 return stock
             ours = any(
-                raw.get(key) for key in ("per_layer_config", "output_bias", "block_sums", "keeps_head_dim", "sliced_hidden_size")
+                inner.get(key)
+                for inner in (raw, *(raw.get(f"{tower}_config") or {} for tower in ("text", "vision")))
+                for key in ("per_layer_config", "output_bias", "block_sums", "keeps_head_dim", "sliced_hidden_size")
             )
-            if (
-                ours and raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-            ):  # its auto_map is for tools without this library
+            if ours and raw.get("model_type") in types:  # its auto_map is for tools without this library
                 options["trust_remote_code"] = False
                 return AutoConfig.for_model(**plain)
         config = AutoConfig.from_pretrained(folder, **options)
@@ -121,11 +123,12 @@ def _check_type(raw: dict[str, Any], causal: Any, name: str, *, any_family: bool
 
 def model_class(config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The class that builds a model of `config`, and the `options` that it takes."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    kind: Any = getattr(transformers, LOADED_BY[families.task_of(config)][0])
     if not needs_own_code(config):
-        return AutoModelForCausalLM, options
-    stock = AutoModelForCausalLM._model_mapping[type(config)].__name__
+        return kind, options
+    stock = kind._model_mapping[type(config)].__name__
     if families.is_sliced(config):
         return getattr(modeling_sliced, f"Sliced{stock}"), {}
     return getattr(modeling_pruned, f"Pruned{stock}"), {}

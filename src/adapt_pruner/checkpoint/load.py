@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,9 +30,10 @@ from adapt_pruner.checkpoint.shelved import Offload, Shelving, shelved_model
 from adapt_pruner.checkpoint.untrusted import check_files, check_plain, check_weights, found, stored_dtype
 from adapt_pruner.checkpoint.weight_mask_file import read_weight_mask
 from adapt_pruner.core.events.words import counted
-from adapt_pruner.core.model.axes import Mask, in_layer
+from adapt_pruner.core.model.axes import Axis, Mask, in_layer, of_tower, towers_of
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.precision import cast_weights
+from adapt_pruner.core.model.task import LOADED_BY
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import cache_folder, expanded, folder_beside, remove, weight_bytes
@@ -83,7 +84,7 @@ class Loaded:
 
     Attributes:
         model: causal LM in eval mode, in float32 unless another precision was asked for.
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or the processor of a model that reads pictures too.
         dtype: the precision in which the weights were stored and will be saved.
         mask: against the dense model, if the folder is one of ours.
         dense_params: parameters of that dense model.
@@ -134,6 +135,7 @@ def load(
     fresh: int | None = None,
     unmerged: bool = False,
     shelving: Shelving | None = None,
+    any_task: bool = False,
 ) -> Loaded:
     """Load a model by folder, file, packaged name or hub id.
 
@@ -147,6 +149,7 @@ def load(
             read. The folder needs no weights then, and its mask.json is not read either.
         unmerged: accept a checkpoint in the middle of LoRA training. Its additions are not loaded.
         shelving: where the weights lie while no pass needs them; None for in memory, widened.
+        any_task: also accept a model that learns something else than the next token, since the caller asks what that is.
 
     Raises:
         UsageError: there is no such model, or it is not a causal LM of a known family.
@@ -159,7 +162,7 @@ def load(
             "before or after its training"
         )
     if gguf is None or fresh is not None:
-        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh, shelving)
+        return _load(folder, gguf, name, device, dtype, trust_remote_code, any_family, fresh, shelving, any_task)
     with (Path(folder) / gguf).open("rb") as file:
         digest = hashlib.file_digest(file, "blake2b").hexdigest()[:16]
     kept = cache_folder() / "models" / f"{Path(gguf).stem[:80]}-{digest}"
@@ -199,8 +202,8 @@ def load_that_fits(
 ) -> Loaded:
     """`load` for reading a model once: its weights stay in its files if memory has no room for them and half as much.
 
-    `offload` says where they stay instead, as a recipe does, and `only_read` is as in `Shelving`. `options` are `trust_remote_code`
-    and `any_family`.
+    `offload` says where they stay instead, as a recipe does, and `only_read` is as in `Shelving`. `options` are `trust_remote_code`,
+    `any_family` and `any_task`.
     """
     device = device or torch.device("cpu")
     folder, gguf = locate(name)
@@ -215,7 +218,8 @@ def load_that_fits(
         on_disk, stored = weight_bytes(Path(folder)), getattr(torch, stored_dtype(folder, None) or "float32")
         if _ROOM * on_disk * (dtype or stored).itemsize / stored.itemsize > free:
             config = read_config(folder, {"trust_remote_code": False}, name, any_family=True)
-            shelving = Shelving.at("disk" if families.is_known(config) else "none")
+            by_layer = families.is_known(config) and families.task_of(config) == "causal_lm"
+            shelving = Shelving.at("disk" if by_layer else "none")
     if shelving is not None:
         shelving = replace(shelving, only_read=only_read)
     return load(name, device=device, dtype=dtype, shelving=shelving, **options)
@@ -231,12 +235,15 @@ def _load(
     any_family: bool,
     fresh: int | None = None,
     shelving: Shelving | None = None,
+    any_task: bool = True,
 ) -> Loaded:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf is not None:
         _check_reader(name)
         options["gguf_file"] = gguf
     config = read_config(folder, options, name, any_family=any_family)
+    if not any_task:
+        check_reads_text(config, name)
     stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     if fresh is None and gguf is None:
         named = getattr(config, "transformers_weights", None)
@@ -258,10 +265,11 @@ def _load(
             model.__dict__.pop(attribute, None)
         for key in ("quantization_config", "_pre_quantization_dtype"):
             model.config.__dict__.pop(key, None)
-    from transformers import AutoTokenizer
+    import transformers
 
+    reader = LOADED_BY[families.task_of(config)][1]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **options)
+        tokenizer = getattr(transformers, reader).from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers raises errors of many kinds for a missing or broken tokenizer
         why, remedy = first_line(error), "add its tokenizer files to the folder"
         if Path(folder).is_dir() and not any(re.search(r"token|^vocab|\.gguf$", file.name) for file in Path(folder).iterdir()):
@@ -269,7 +277,9 @@ def _load(
         elif "tiktoken" in str(error) and importlib.util.find_spec("sentencepiece") is None:  # transformers then tries tiktoken
             remedy = "if its file is a tokenizer.model: pip install sentencepiece"
         raise UsageError(f"{name} has no usable tokenizer ({why}); {remedy}") from error
-    if type(tokenizer).__module__.startswith("transformers."):  # no foreign code was run, so none is passed on
+    if hasattr(tokenizer, "init_kwargs") and type(tokenizer).__module__.startswith(
+        "transformers."
+    ):  # no foreign code was run, so none is passed on
         tokenizer.init_kwargs.pop("auto_map", None)
     if shelving is None:
         take_into_memory(itertools.chain(model.parameters(), model.buffers()))
@@ -277,13 +287,36 @@ def _load(
     weight_mask = None if gguf is not None or fresh is not None else read_weight_mask(folder, name, model)
     if mask is not None:
         _check_mask(model, mask, name)
-    embedding = model.get_input_embeddings()
-    if len(tokenizer) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
+    embedding = token_embedding(model)
+    if len(tokens_of(tokenizer)) > embedding.weight.shape[0]:  # a token was added to the tokenizer only
         embedding.register_forward_pre_hook(partial(_only_tokens_with_a_row, tokenizer, name))
     on_disk = weight_bytes(Path(folder)) if gguf is None else 0
     size = on_disk or count_parameters(model) * stored.itemsize
     place = "none" if shelving is None else shelving.place
     return Loaded(model.to(device).eval(), tokenizer, stored, mask, dense_params, name, size, weight_mask, offload=place)
+
+
+def check_reads_text(config: Any, name: str) -> None:
+    """Refuse a model that reads more than text.
+
+    Raises:
+        UsageError: it does.
+    """
+    if families.task_of(config) != "causal_lm":
+        raise UsageError(
+            f"{name} is of type {config.model_type!r}, which reads pictures too, and this works with language models alone; eval, inspect, "
+            "prune, run and export --to onnx take it"
+        )
+
+
+def tokens_of(tokenizer: Any) -> Any:
+    """The tokenizer, also of a processor that reads pictures too."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
+
+
+def token_embedding(model: Any) -> Any:
+    """The embedding of a model's tokens; of two towers, that of the one that reads text."""
+    return (getattr(model, "text_model", None) or model).get_input_embeddings()
 
 
 def has_weights(name: str) -> bool:
@@ -303,7 +336,7 @@ def has_weights(name: str) -> bool:
     return any(isinstance(try_to_load_from_cache(folder, file), str) for file in names)
 
 
-def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_shapes(name: str, *, trust_remote_code: bool = False, any_task: bool = False) -> Any:
     """A model without its weights, on the meta device; only the config.json of a folder or hub id is read.
 
     Raises:
@@ -314,6 +347,8 @@ def load_shapes(name: str, *, trust_remote_code: bool = False) -> Any:
     if gguf is not None:
         raise UsageError(f"{name} is a single file with its weights; to read shapes alone, name a folder or hub id")
     config = read_config(folder, options, name)
+    if not any_task:
+        check_reads_text(config, name)
     with blaming(folder, config, options, name), torch.device("meta"):
         return random_model(config, options)
 
@@ -493,8 +528,14 @@ def _origin(folder: str) -> tuple[Mask | None, int | None]:
 
 def _check_mask(model: Any, mask: Mask, name: str) -> None:
     """Refuse the mask of another model."""
-    axes, stayed = families.axes(model), mask.layers_left
-    num_layers = next(axis.size for axis in axes if axis.name == "layers")
+    axes = families.axes(model)
+    for tower in towers_of(axes):
+        _check_mask_of(of_tower(axes, tower), mask.of_tower(tower), name)
+
+
+def _check_mask_of(axes: Sequence[Axis], mask: Mask, name: str) -> None:
+    stayed = mask.layers_left
+    num_layers = next((axis.size for axis in axes if axis.name == "layers"), 0)
     try:
         if stayed is not None and len(stayed) != num_layers:
             raise ValueError(f"it keeps {len(stayed)} layers, the weights have {num_layers}")

@@ -221,8 +221,16 @@ def save(
         write_more(folder)
 
 
+def towers_in(config: Any) -> list[Any]:
+    """The configs of the two towers of a model; none of a model that has only one."""
+    towers = [getattr(config, f"{tower}_config", None) for tower in ("text", "vision")]
+    return towers if all(towers) else []
+
+
 def needs_own_code(config: Any) -> bool:
     """Whether no stock class builds a model of this config, but one of modeling_pruned.py or modeling_sliced.py does."""
+    if any(map(needs_own_code, towers_in(config))):
+        return True
     added = getattr(config, "output_bias", False) or getattr(config, "block_sums", 0)
     narrow = not config.is_heterogeneous and modeling_pruned.has_narrow_heads(config)
     return bool(config.is_heterogeneous or narrow or added or families.is_sliced(config))
@@ -242,6 +250,8 @@ def can_save_unequal_layers(model: Any) -> bool:
     For a type that no family file names, a tiny model of its class is cut to unequal layers, saved and built again: its logits must
     be equal, and it must write the same tokens with a cache as without.
     """
+    if towers_in(model.config):
+        return families.family_of(model.config) is not None
     layer = decoder_layers(model)[0]
     if not hasattr(modeling_pruned, f"Pruned{stock_class(model)}"):
         return False
@@ -295,9 +305,11 @@ def _config(model: Any, dtype: torch.dtype, *, as_it_says: bool) -> Any:
         config.architectures = [built.__name__]
         config.auto_map = {
             "AutoConfig": f"{files[0]}.{built.config_class.__name__}",
-            "AutoModel": f"{files[0]}.{built.base_class.__name__}",
-            "AutoModelForCausalLM": f"{files[0]}.{built.__name__}",
+            "AutoModel": f"{files[0]}.{getattr(built, 'base_class', built).__name__}",
         }
+        if not hasattr(built, "base_class"):
+            return config
+        config.auto_map["AutoModelForCausalLM"] = f"{files[0]}.{built.__name__}"
         for task in ("SequenceClassification", "TokenClassification"):
             name = f"{built.base_class.__name__.removesuffix('Model')}For{task}"
             if hasattr(file, name):  # transformers lacks this class for some models

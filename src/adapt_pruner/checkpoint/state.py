@@ -127,11 +127,11 @@ def load_state(
     """
     place: Offload = state["start"].get("offload", "none")
     if place == "none":
-        loaded = load(str(path), device=device, unmerged=True)
+        loaded = load(str(path), device=device, unmerged=True, any_task=True)
     else:
         beside = path.parent.parent
         shelving = Shelving.at(place if offload == "auto" else offload, beside) or Shelving.at(place, beside)
-        loaded = load(state["model"], device=device, trust_remote_code=trust_remote_code, shelving=shelving)
+        loaded = load(state["model"], device=device, trust_remote_code=trust_remote_code, shelving=shelving, any_task=True)
         cut(loaded.model, families.axes(loaded.model), Mask.from_json(state["mask"]))
         lay_over(loaded.model, path)
     extras: dict[str, Tensor] = {}

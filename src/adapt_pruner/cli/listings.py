@@ -31,7 +31,7 @@ def inspect(
     from adapt_pruner.core.model.weight_mask import has_zeros
     from adapt_pruner.evaluate.anatomy import anatomy, expert_use
 
-    loaded = load_that_fits(model, dtype=None, trust_remote_code=trust_remote_code)
+    loaded = load_that_fits(model, dtype=None, trust_remote_code=trust_remote_code, any_task=True)
     figures = anatomy(loaded.model, mask=loaded.mask, dense_params=loaded.dense_params)
     if text is not None:
         for layer, shares in expert_use(loaded.model, loaded.tokenizer, text).items():
@@ -44,7 +44,7 @@ def inspect(
     zeros = ["not zero"] if has_zeros(figures["params"], figures["nonzero"]) else []
     rows = [
         [
-            str(row["layer"]), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
+            f"{row.get('tower', '')} {row['layer']}".strip(), str(row["heads"]), str(row["kv_heads"]), f"{row['neurons']:,}", *(_experts(row) for _ in routed),
             *(_use(row) for _ in use),
             f"{row['params']:,}",
             *(f"{row['nonzero']:,}" for _ in zeros), _share(row),

@@ -68,7 +68,9 @@ def evaluate(
     if as_json:
         print(to_json(rows[0] if len(models) == 1 else {"models": rows}))
         return
-    if how.text is not None:
+    if any("judged" in row for row in rows):
+        _print_pairs(rows)
+    elif how.text is not None:
         _print_text(rows)
     if how.chat is not None:
         print(end="\n" if how.text is not None else "")
@@ -116,6 +118,19 @@ def _print_text(rows: Sequence[Mapping[str, Any]]) -> None:
             )
     seen = f"{rows[0]['tokens']:,} tokens in {words.counted(rows[0]['windows'], 'window')}"
     print(f"\nperplexity over {seen}; weights on disk as safetensors")
+
+
+def _print_pairs(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Retrieval, and classes by their names, of models that read pictures."""
+    lines = {
+        "parameters": [f"{row['params']:,}" for row in rows],
+        "on disk": [f"{row['weight_bytes'] / 1e6:,.0f} MB" for row in rows],
+        "loss": [f"{row['nll']:.3f}" for row in rows],
+        **{name: [f"{row['judged'][name]:.1%}" for row in rows] for name in rows[0]["judged"]},
+    }
+    print_table(["", *(row["model"] for row in rows)], [[name, *values] for name, values in lines.items()])
+    each = rows[0]["tokens"] // rows[0]["windows"]
+    print(f"\nretrieval among {each:,} pairs (--window); {rows[0]['tokens']:,} pairs were read; weights on disk as safetensors")
 
 
 def _print_chat(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -97,9 +97,18 @@ def prune(
         "ask it": typed("chat", output, "What is the capital of France?", "--against", dense),
         "train it": typed("run", "smollm2-105m", *(word for setting in settings for word in ("--set", setting))),
     }
-    if _has_gguf(output):
+    if _reads_pictures(output):
+        following = {"measure it": typed("eval", dense, output, "--text", "PICTURES")}
+    elif _has_gguf(output):
         following["for llama.cpp"] = typed("export", output, "--to", "gguf", "-o", f"{output}.gguf")
     print_table(["next", ""], [*map(list, following.items())], left=2)
+
+
+def _reads_pictures(folder: Path) -> bool:
+    """Whether a model has a tower for pictures."""
+    from adapt_pruner.export.loading import towers_of
+
+    return bool(towers_of(read_json(folder / filenames.CONFIG)))
 
 
 def _has_gguf(folder: Path) -> bool:

@@ -6,8 +6,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from torch import Tensor
-
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load_that_fits, locate, pick_device
 from adapt_pruner.compare.measures import WINDOW, Measures
@@ -16,9 +14,10 @@ from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.hot_experts import Hot, one_by_one
 from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.core.system.memory import free_bytes, peak_bytes
+from adapt_pruner.data.pictures import holds_pictures
 from adapt_pruner.data.sources import SELF, texts
-from adapt_pruner.data.tokens import opening, text_bytes
-from adapt_pruner.data.windows import held_out_windows, too_long
+from adapt_pruner.data.tokens import opening
+from adapt_pruner.data.windows import too_long
 from adapt_pruner.errors import option
 from adapt_pruner.evaluate.anatomy import decoder_parameters
 from adapt_pruner.evaluate.chat import chat_answers
@@ -26,6 +25,7 @@ from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
+from adapt_pruner.work import task_for
 
 _FOR_EXPERTS = 4
 """Experts of a model whose weights are on a shelf may take the free memory divided by this."""
@@ -53,7 +53,7 @@ def measured(
         UsageError: a model, text or task is not there.
         RunError: a model's files are damaged, or its loss is not a number.
     """
-    if how.text is not None and how.text != SELF:
+    if how.text is not None and how.text != SELF and not holds_pictures(how.text):
         for _ in itertools.islice(texts(how.text), None if how.max_windows is None else 1):
             pass  # reports a missing text before a model is loaded
     for name in models:
@@ -74,35 +74,38 @@ def _measured(
     """As `measured`; what models hold until all are measured goes to `stack`."""
     scores: list[Sequence[TaskScore]] = []
     rows: list[dict[str, Any]] = []
-    held: list[tuple[Any, Tensor]] = []
+    held: list[tuple[dict[str, Any], Any, Any]] = []
     place: Any = how.offload
-    hot: dict[int, Hot] = {}
+    hot: list[tuple[dict[str, Any], Any, Hot]] = []
     for name in models:
         listen(Load(model=name))
         loaded = load_that_fits(
-            name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True, offload=place, only_read=True
+            name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True,
+            any_task=how.tasks is None and how.chat is None, offload=place, only_read=True,
         )  # fmt: skip
-        model, tokenizer = loaded.model, loaded.tokenizer
+        model, tokenizer, task = loaded.model, loaded.tokenizer, task_for(loaded.model)
         row: dict[str, Any] = {
             "model": name, "params": count_parameters(model), "nonzero": count_nonzero(model),
             "decoder_params": decoder_parameters(model) if families.is_known(model.config) else None,
             "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
-            "windows_start_with": tokenizer.decode(opening(tokenizer)) or None,
+            "windows_start_with": tokenizer.decode(opening(tokenizer)) or None if len(task.towers) == 1 else None,
         }  # fmt: skip
         axes = families.declared(model) if loaded.offload != "none" else ()
         if any(axis.per_token for axis in axes):
             free = free_bytes(model.device)
             room = loaded.weight_bytes if free is None else free // _FOR_EXPERTS
-            hot[len(rows)] = stack.enter_context(one_by_one(model, axes, room=room))
+            hot.append((row, model, stack.enter_context(one_by_one(model, axes, room=room))))
         if how.text is not None:
             window = WINDOW if how.window is None else how.window
-            windows = held_out_windows(tokenizer, source=how.text, window=window, max_windows=how.max_windows)
-            for sentence in too_long(model.config, {option("window"): window}):
+            by_text = task.held_out(tokenizer, source=how.text, window=window, max_windows=how.max_windows)
+            windows = [ids for some in by_text.values() for ids in some]
+            for sentence in too_long(model.config, {option("window"): window} if len(task.towers) == 1 else {}):
                 listen(Warned(message=f"{loaded.source}: {sentence}"))
-            num_bytes = text_bytes(tokenizer, windows)
+            num_bytes = task.num_bytes(tokenizer, windows)
             on_window = counting(listen, "evaluate")
-            row |= perplexity(model, windows, dtype=how.dtype, num_bytes=num_bytes, on_window=on_window).to_dict()
-            held.append((model, windows[0]))
+            row |= perplexity(model, windows, task=task, dtype=how.dtype, num_bytes=num_bytes, on_window=on_window).to_dict()
+            if len(task.towers) == 1:
+                held.append((row, model, windows[0]))
         if how.chat is not None:
             row["chat"] = None  # no chat template, or one without a place for a prompt
             if getattr(tokenizer, "chat_template", None):
@@ -120,9 +123,9 @@ def _measured(
         rows.append(row)
         del loaded, model, tokenizer  # frees them before the next one is loaded
     if held:
-        speeds = forward_speed([model for model, _ in held], held[0][1], dtype=how.dtype)
-        for row, speed in zip(rows, speeds, strict=True):
+        speeds = forward_speed([model for _, model, _ in held], held[0][2], dtype=how.dtype)
+        for (row, _, _), speed in zip(held, speeds, strict=True):
             row["tokens_per_second"] = speed
-    for index, experts in hot.items():
-        rows[index]["experts"] = {**experts.figures(), "peak_bytes": peak_bytes(held[0][0]) if held else None}
+    for row, model, experts in hot:
+        row["experts"] = {**experts.figures(), "peak_bytes": peak_bytes(model)}
     return rows, scores

@@ -87,6 +87,17 @@ def hub(spec: str) -> Iterator[Row]:
         raise _not_to_be_had(spec, error) from error
 
 
+def hub_table(spec: str) -> tuple[Any, str]:
+    """The rows of `hub:NAME[:config][:split][:field]` as a table that opens each row when it is asked for, and the field."""
+    import datasets
+
+    name, config, split, field = _hub_parts(spec)
+    try:
+        return datasets.load_dataset(name, config or None, split=split), field
+    except Exception as error:  # as in `hub`
+        raise _not_to_be_had(spec, error) from error
+
+
 def hub_revision(spec: str) -> str:
     """A string that changes when the data set does: a hash over its files as the hub lists them."""
     return str(_hub_builder(spec).hash)

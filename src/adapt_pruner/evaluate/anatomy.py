@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adapt_pruner import families
-from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.axes import Axis, Mask, of_tower, towers_of
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import num_active
 from adapt_pruner.core.model.weight_mask import count_nonzero
@@ -26,8 +26,8 @@ def decoder_parameters(model: nn.Module) -> int:
     Args:
         model: a model of a known family.
     """
-    depth = next(axis for axis in families.axes(model) if axis.name == "layers")
-    return count_parameters(model.get_submodule(depth.gate.module))
+    stacks = [axis.gate.module for axis in families.axes(model) if axis.kind == "layers"]
+    return sum(count_parameters(model.get_submodule(stack)) for stack in stacks)
 
 
 def expert_parameters(axes: Iterable[Axis], sizes: Mapping[str, int] = MappingProxyType({})) -> int:
@@ -65,10 +65,32 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
         `params`, `active_params` (those that one token goes through), `decoder_params`, `share_of_dense` (None if not known) and
         `layers`, one dict per layer with `layer` (its number now), `dense_layer` (its number in the dense model), `heads`, `kv_heads`,
         `neurons`, `experts`, `expert_neurons` (of each), `params`, `nonzero`, `share_of_dense`. `nonzero` counts parameters that are not zero, for each layer and for the model. If a layer lost its
-        attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was.
+        attention or MLP, those sizes are 0 and its share is None, because the mask does not tell how large the block was. Of a model of
+        two towers each has its `tower`.
     """
     axes = families.declared(model)
-    depth = next(axis for axis in axes if axis.name == "layers")
+    towers = towers_of(axes)
+    layers = [
+        {**row, **({"tower": tower.removesuffix(".")} if len(towers) > 1 else {})}
+        for tower in towers
+        for row in _layers(model, of_tower(axes, tower), None if mask is None else mask.of_tower(tower))
+    ]
+    params, decoder = count_parameters(model), sum(row["params"] for row in layers)
+    return {
+        "params": params,
+        "active_params": num_active(model, axes),
+        "decoder_params": decoder,
+        "nonzero": count_nonzero(model),
+        "share_of_dense": dense_params and params / dense_params,
+        "layers": layers,
+    }
+
+
+def _layers(model: nn.Module, axes: Sequence[Axis], mask: Mask | None) -> list[dict[str, Any]]:
+    """The rows of `anatomy`, of a model or of one of its towers."""
+    depth = next((axis for axis in axes if axis.name == "layers"), None)
+    if depth is None:
+        return []
     stack: Any = model.get_submodule(depth.gate.module)
     stayed = (mask.layers_left if mask is not None else None) or list(range(depth.size))
     layers = []
@@ -86,15 +108,7 @@ def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | N
             if mask is None or families.is_sliced(model.config) or not (heads and neurons)
             else params / _dense_parameters(stack[i], f"{depth.gate.module}.{i}.", axes, mask, stayed[i]),
         })  # fmt: skip
-    params, decoder = count_parameters(model), count_parameters(stack)
-    return {
-        "params": params,
-        "active_params": num_active(model, axes),
-        "decoder_params": decoder,
-        "nonzero": count_nonzero(model),
-        "share_of_dense": dense_params and params / dense_params,
-        "layers": layers,
-    }
+    return layers
 
 
 def _experts(model: nn.Module, axes: Sequence[Axis]) -> tuple[int, int]:

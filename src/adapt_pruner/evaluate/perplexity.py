@@ -77,8 +77,7 @@ def perplexity(
     warm = began
     total, count = torch.zeros((), dtype=torch.float64), task.num_predicted(windows)
     mine, names = world.share(windows), world.share(texts if len(set(texts)) > 1 else [""] * len(windows))
-    known = task is not CAUSAL_LM or families.is_known(model.config)
-    each = (losses if known else _by_its_logits)(model, mine, task=task, dtype=dtype)
+    each = (losses if families.is_known(model.config) else _by_its_logits)(model, mine, task=task, dtype=dtype)
     right: dict[str, float] = defaultdict(float)
     nats: dict[str, float] = defaultdict(float)
     predicted: dict[str, float] = defaultdict(float)
@@ -99,7 +98,7 @@ def perplexity(
         model.train(was_training)
     after, spent = task.num_predicted(mine[1:]), time.perf_counter() - warm
     rate = torch.tensor(after / spent if after else 0.0, dtype=torch.float64)
-    judged = {name: torch.tensor(right[name], dtype=torch.float64) for name in world.agreed(sorted(right))}
+    judged = {name: torch.tensor(right[name], dtype=torch.float64) for name in world.agreed(list(right))}
     by_text = {name: torch.tensor([nats[name], predicted[name]], dtype=torch.float64) for name in sorted(set(texts))}
     world.sum_in_place(total, rate, *judged.values(), *by_text.values())
     nll = float(total) / count

@@ -17,9 +17,18 @@ def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**config, **differing.get(index, {})}
 
 
+def towers_of(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The configs of the two towers of a model, by name; none of a model that has only one."""
+    towers = {name: config.get(f"{name}_config") or {} for name in ("text", "vision")}
+    return towers if all(towers.values()) else {}
+
+
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
     """Commands that load this very folder, and a sentence for each tool that cannot."""
     own_code = bool(config.get("auto_map"))
+    if towers_of(config):
+        yield in_transformers(own_code, _OF_PAIRS)
+        return
     yield in_transformers(own_code)
     if any("attention" in layer.get("skip", ()) for layer in layers_of(config)):
         yield "**vLLM** refuses a model with a layer that has no attention."
@@ -47,21 +56,31 @@ def _from_anywhere(extra: str) -> str:
     return f"pip install 'adapt-pruner[{extra}] @ git+https://github.com/adapt-pruner/adapt-pruner'"
 
 
-def in_transformers(own_code: bool) -> str:
+_OF_TEXT = (
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'folder = "."  # where this file lies, or the name of this repository on the hub\n'
+    "tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
+    "model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
+    'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
+    "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n"
+)
+_OF_PAIRS = (
+    "from PIL import Image\nfrom transformers import AutoModel, AutoProcessor\n\n"
+    'folder = "."  # where this file lies, or the name of this repository on the hub\n'
+    "processor = AutoProcessor.from_pretrained(folder)\n"
+    "model = AutoModel.from_pretrained(folder{trust})\n"
+    'inputs = processor(text=["a cat", "a dog"], images=Image.open("picture.jpg"), padding="max_length", return_tensors="pt")\n'
+    "print(model(**inputs).logits_per_image.softmax(dim=1))\n"
+)
+
+
+def in_transformers(own_code: bool, commands: str = _OF_TEXT) -> str:
     """Commands for a folder in transformers; `own_code` says whether Python code in the folder builds the model."""
     trust, oldest, kind = "", "4.57", "It is a folder of the stock class; it needs nothing else"
     if own_code:
         trust, oldest = ", trust_remote_code=True", "5.14"
         kind = "The code in this folder builds its layers out of the stock classes, and runs only with `trust_remote_code=True`"
-    return (
-        f"**transformers**, {oldest} or newer. {kind}.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file lies, or the name of this repository on the hub\n'
-        f"tokenizer = AutoTokenizer.from_pretrained(folder{trust})\n"
-        f"model = AutoModelForCausalLM.from_pretrained(folder{trust})\n"
-        'ids = tokenizer("The capital of France is", return_tensors="pt").input_ids\n'
-        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))\n```"
-    )
+    return f"**transformers**, {oldest} or newer. {kind}.\n\n```python\n{commands.format(trust=trust)}```"
 
 
 def in_vllm(config: Mapping[str, Any]) -> str:
@@ -93,6 +112,8 @@ def misread(model_type: str, layer_types: Sequence[str]) -> str | None:
 
 def no_gguf(config: Mapping[str, Any]) -> str | None:
     """Why `export --to gguf` would refuse the model, as far as its config shows; None if it would not."""
+    if towers_of(config):
+        return "the export knows no form for models of two towers"
     if "sliced_hidden_size" in config:
         return "it has no place for the maps beside the layers of a sliced model"
     if config.get("block_sums"):

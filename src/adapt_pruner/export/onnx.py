@@ -3,6 +3,8 @@
 model.onnx        input_ids, attention_mask int64 [batch, length] -> logits float32 [batch, length, vocabulary]
 model.onnx.data   its weights, if they are more than 2 GB
 config.json, tokenizer*, …
+
+Of a model of two towers it writes a graph of each; see `export.towers`.
 """
 
 import copy
@@ -19,12 +21,21 @@ from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.compatible_names import write_compatible_names
 from adapt_pruner.checkpoint.load import Loaded
-from adapt_pruner.checkpoint.save import check_finite, check_fits, check_target, whole_or_nothing, write_generation_config
+from adapt_pruner.checkpoint.save import (
+    check_finite,
+    check_fits,
+    check_target,
+    towers_in,
+    whole_or_nothing,
+    write_generation_config,
+)
 from adapt_pruner.checkpoint.untrusted import check_files
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.export.engines import Engine
-from adapt_pruner.export.loading import ropes_of
+from adapt_pruner.export.loading import ropes_of, towers_of
+from adapt_pruner.export.towers import loading as loading_towers
+from adapt_pruner.export.towers import write_graphs
 
 ABOUT = "an ONNX graph in float32, without a cache"
 LIBRARY = "onnx"
@@ -62,16 +73,22 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
             f"ONNX graphs are made with onnx, onnxscript and onnxruntime, and {error.name} is not installed; {to_install('onnx')}"
         ) from error
     model = loaded.model
+    towers = bool(towers_in(model.config))
     ropes = ropes_of(getattr(model.config, "rope_parameters", None) or {})
     if any(rope.get("rope_type") == "dynamic" for rope in ropes):
         raise UsageError(
             "a graph is the same for texts of all lengths, and this model's rope 'dynamic' is not; use the form padded"
         )
+    check_finite(path, model.state_dict(), dtype=torch.float32)
+    check_fits(path, model.state_dict(), dtype=torch.float32)
+    in_float32 = [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
+    if towers:
+        with whole_or_nothing(path) as folder, _traceable(model):
+            write_graphs(loaded, folder, session=_session)
+        return in_float32
     most = int(model.config.max_position_embeddings)
     example = torch.zeros(2, 8, dtype=torch.long)
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
-    check_finite(path, model.state_dict(), dtype=torch.float32)
-    check_fits(path, model.state_dict(), dtype=torch.float32)
     with whole_or_nothing(path) as folder:
         with _traceable(model):
             try:
@@ -91,7 +108,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
         write_generation_config(model, folder)
         loaded.tokenizer.save_pretrained(folder)
         write_compatible_names(folder)  # tools for ONNX pin transformers 4
-    notes = [] if loaded.dtype == torch.float32 else [f"the graph is in float32, the checkpoint in {str(loaded.dtype)[6:]}"]
+    notes = in_float32
     for rope in ropes:
         if rope.get("rope_type") == "longrope":  # transformers changes its factors when a text passes that length
             short = rope.get("original_max_position_embeddings") or model.config.original_max_position_embeddings
@@ -106,6 +123,9 @@ def holds(artefact: Path) -> bool:
 
 def loading(config: Mapping[str, Any]) -> Iterator[str]:
     """Commands for its card that use ONNX Runtime."""
+    if towers_of(config):
+        yield from loading_towers()
+        return
     yield (
         "**ONNX Runtime**:\n\n```python\nimport numpy, onnxruntime\nfrom transformers import AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")  # where this file lies\n'

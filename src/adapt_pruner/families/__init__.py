@@ -6,6 +6,10 @@ A family file has
     axes(model)   every axis of such a model, sizes read from its weights
     tiny()        name -> config of tiny random models of every layout; the contract tests run over them
 
+if its models learn something else than the next token,
+
+    TASK   what they learn, a task of `data/`
+
 and, if checkpoints bring code of their own that stock code can replace,
 
     stock_config(raw)   the stock config equivalent to a config.json, given as plain data
@@ -40,6 +44,7 @@ __all__ = [
     "sizes",
     "stock_config",
     "summary",
+    "task_of",
     "why_unknown",
 ]
 
@@ -63,6 +68,11 @@ def is_known(config: Any) -> bool:
 def family_of(config: Any) -> ModuleType | None:
     """The family file that speaks for a transformers config; None if none does, so that the law has to admit its axes."""
     return next((family for family in all_families() if config.model_type in family.MODEL_TYPES), None)
+
+
+def task_of(config: Any) -> str:
+    """What models of a transformers config learn, by the name of the task."""
+    return getattr(family_of(config), "TASK", "causal_lm")
 
 
 def summary(config: Any) -> str | None:

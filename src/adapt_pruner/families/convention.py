@@ -29,7 +29,7 @@ file names, and in the contract tests for those that one names.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,7 +38,17 @@ from transformers.pytorch_utils import Conv1D
 
 from adapt_pruner.core.model.axes import Axis, Gate, Slice
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
-from adapt_pruner.core.model.modeling_pruned import ATTENTIONS, MLPS, OUTPUTS, STACKS, _OwnConfig, ends_of, name_in, norms_of
+from adapt_pruner.core.model.modeling_pruned import (
+    ATTENTIONS,
+    MLPS,
+    OUTPUTS,
+    STACKS,
+    _OwnConfig,
+    ends_of,
+    made,
+    name_in,
+    norms_of,
+)
 from adapt_pruner.families.experts import experts
 
 _FUSED = "gate_up_proj"
@@ -67,6 +77,29 @@ def axes(model: Any) -> tuple[Axis, ...]:
     return (*inside, *whole, vocabulary(model), whole_layers(model))
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A stack of layers in a model that has several, as the functions here take a model.
+
+    Attributes:
+        whole: the model.
+        stack: the dotted name of the list of layers in it.
+        config: that of the tower.
+    """
+
+    whole: nn.Module
+    stack: str
+    config: Any
+
+    def get_submodule(self, name: str) -> nn.Module:
+        """A module of the whole model."""
+        return self.whole.get_submodule(name)
+
+    def get_parameter(self, name: str) -> nn.Parameter:
+        """A parameter of the whole model."""
+        return self.whole.get_parameter(name)
+
+
 def is_sliced(config: Any) -> bool:
     """Whether a model with this config is sliced (`reduce.slice`): its stream changes its basis at every block."""
     return getattr(config, "sliced_hidden_size", None) is not None
@@ -74,6 +107,8 @@ def is_sliced(config: Any) -> bool:
 
 def stack_of(model: Any) -> str:
     """The dotted name of the list of decoder layers."""
+    if isinstance(model, Tower):
+        return model.stack
     decoder = model.base_model_prefix
     return f"{decoder}.{name_in(model.get_submodule(decoder), STACKS)}"
 
@@ -169,8 +204,8 @@ def _derives(attention: Any, config: Any) -> bool:
         odd = _OwnConfig(config, head_dim=width, num_attention_heads=1, num_key_value_heads=1)
         try:
             with torch.device("meta"):
-                made = kind(odd, layer_idx=0)
-            _DERIVES[kind] = ends_of(made.get_submodule(_output(made)))[0] == config.hidden_size
+                attempt = made(kind, odd, 0)
+            _DERIVES[kind] = ends_of(attempt.get_submodule(_output(attempt)))[0] == config.hidden_size
         except Exception:  # stock code of any type may fail in any way on such a config
             _DERIVES[kind] = False
     return _DERIVES[kind]

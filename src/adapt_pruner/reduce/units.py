@@ -12,18 +12,17 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.core.events.run import Searched
-from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
 from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of
-from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.shelf import Shelved, numbers_of
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.core.system.parts import part
@@ -89,7 +88,7 @@ class Units(Reduction):
         kinds = ", ".join(sorted({axis.kind for axis in prunable(work)})) or "nothing"
         least = params_of(work, prunable(work), sizes_alike(work, keep=0)) + repair_parameters(work)
         if least >= work.num_params:
-            depth = len(decoder_layers(work.model, work.axes))
+            depth = sum(axis.size for axis in work.axes if axis.kind == "layers")
             return (
                 least,
                 f"{work.recipe.chooser} can remove nothing ({kinds}) from a model of {depth} layers, so set another method or chooser",
@@ -126,13 +125,13 @@ class Units(Reduction):
     def text_use(self, work: Work) -> TextUse:
         """What the metrics, the distance, the head metric and the repair read."""
         recipe, evidence = work.recipe, evidence_of(work)
-        layers = _layer_measure(work) is not None
+        layers = by_passes(work, "distance") is not None or by_passes(work, "metric") is not None
         heads = _head_metric(work) is not None and "kv_heads" in recipe.axes
         repairs = recipe.repair is not None
         return TextUse(
             text=repairs or layers or heads or evidence is not Evidence.WEIGHTS,
             evidence=evidence,
-            forward=heads,
+            forward=heads or by_passes(work, "metric") is not None,
             streams=repairs and bool(parts.bind("repair", recipe.repair or "").keywords.get("factors")),
         )
 
@@ -149,7 +148,9 @@ class Units(Reduction):
         phases = {"score": Passes(both=tokens) if evidence.value >= Evidence.GRADIENTS.value else Passes(forward=tokens)}
         if evidence is Evidence.WEIGHTS:
             phases["score"] = Passes()
-        if _layer_measure(work) is not None:
+        if by_passes(work, "metric") is not None:
+            phases["score"] = removing(prunable(work), tokens=tokens, towers=len(work.task.towers))
+        if by_passes(work, "distance") is not None:
             phases["blocks"] = Passes(forward=tokens * sum(axis.size for axis in _measured_whole(work)) / 2)
         heads = [axis for axis in prunable(work) if axis.kind == "kv_heads"]
         if _head_metric(work) is not None and heads:
@@ -237,23 +238,33 @@ def _share_of(gone: int, others: int, heads: int, after: float) -> float:
     return after + (gone - after * others) / (others + heads / (1 - after))
 
 
-def scores_of(work: Work, batches: Sequence[Tensor], **where: int) -> tuple[Scores, float]:
-    """The scores of all units that may go and of all layers, and the mean loss, on these batches.
+def removing(axes: Sequence[Axis], *, tokens: int, towers: int) -> Passes:
+    """The passes of a metric that takes the units of `axes` out one by one, neurons in 8 groups, and orders neurons by gradients."""
+    units = sum(8 if axis.kind == "neurons" else axis.entries for axis in axes)
+    return Passes(forward=tokens * (units / towers + 1), both=tokens)
+
+
+def scores_of(work: Work, batches: Sequence[Tensor], axes: Sequence[Axis] | None = None, /, **where: int) -> tuple[Scores, float]:
+    """The scores of all units that may go, or of those of `axes`, and of all layers, and the mean loss, on these batches.
 
     Raises:
         UsageError: the metric gives no scores for a kind of axis that may shrink.
         RunError: it gives scores of another shape, or a score is not finite.
     """
-    recipe = work.recipe
+    recipe, may_go = work.recipe, prunable(work) if axes is None else list(axes)
     metrics = metrics_of(work, seed=recipe.seed + where["iteration"])
     tell = work.progress("score", **where)
     scores, loss = score(work.model, scored(work), batches, metrics=metrics, task=work.task, dtype=recipe.dtype, on_batch=tell)
-    if (measure_layers := _layer_measure(work, on_axis=work.counts("blocks", **where))) is not None:
+    if (measure := by_passes(work, "metric", on_axis=tell)) is not None:
+        scores |= checked(
+            measure(work.model, [axis for axis in may_go if axis.slices], batches), part=f"metric {recipe.metric!r}"
+        )
+    if (measure_layers := by_passes(work, "distance", on_axis=work.counts("blocks", **where))) is not None:
         scores |= checked(measure_layers(work.model, _measured_whole(work), batches), part=f"distance {recipe.distance!r}")
     if "distance" not in parts.reads("reduce", recipe.reduce):  # a search decides which blocks go, and one unit needs no rank
-        scores |= {axis.name: torch.zeros(axis.entries) for axis in prunable(work) if axis.gate.is_whole}
-    _check_scored(work, {axis.kind for axis in prunable(work) if axis.name not in scores})
-    for axis in prunable(work):
+        scores |= {axis.name: torch.zeros(axis.entries) for axis in may_go if axis.gate.is_whole}
+    _check_scored(work, {axis.kind for axis in may_go if axis.name not in scores})
+    for axis in may_go:
         if scores[axis.name].shape != (axis.entries,):
             raise RunError(
                 f"metric {recipe.metric!r} gives {axis.name} scores of shape {tuple(scores[axis.name].shape)}; it has "
@@ -358,7 +369,7 @@ def prunable(work: Work) -> list[Axis]:
     """The axes that the recipe lets shrink; `layers` has a pattern if the recipe's chooser keeps one."""
     pattern = tuple(getattr(work.model.config, "layer_types", None) or ()) if _is_periodic(work) else ()
     axes = [axis for axis in work.axes if axis.kind in work.recipe.axes]
-    return [replace(axis, pattern=pattern) if axis.name == "layers" else axis for axis in axes]
+    return [replace(axis, pattern=pattern) if axis.kind == "layers" else axis for axis in axes]
 
 
 def _is_periodic(work: Work) -> bool:
@@ -367,38 +378,40 @@ def _is_periodic(work: Work) -> bool:
 
 def scored(work: Work) -> list[Axis]:
     """The axes that metrics score: those that may shrink, and `layers`. Only the parameters of these axes get gradients."""
-    return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.name == "layers"]
+    return [axis for axis in work.axes if axis.kind in work.recipe.axes or axis.kind == "layers"]
 
 
 def _measured_whole(work: Work) -> list[Axis]:
     """The axes whose units a distance with passes of its own shuts one by one: those that may go whole, else `layers`."""
-    return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.name == "layers"]
+    return [axis for axis in prunable(work) if axis.gate.is_whole] or [axis for axis in work.axes if axis.kind == "layers"]
 
 
 def metrics_of(work: Work, *, seed: int) -> list[Metric]:
     """The metrics that share one calibration pass: the recipe's metric, and its distance if it has no passes of its own."""
     recipe = work.recipe
-    metrics: list[Metric] = (
-        [parts.bind("metric", recipe.metric, seed=seed, task=work.task)] if set(recipe.axes) - set(WHOLE) else []
-    )
-    if recipe.distance is not None and _layer_measure(work) is None:
+    metrics: list[Metric] = []
+    if set(recipe.axes) - set(WHOLE) and by_passes(work, "metric") is None:
+        metrics.append(parts.bind("metric", recipe.metric, seed=seed, task=work.task))
+    if recipe.distance is not None and by_passes(work, "distance") is None:
         metrics.append(parts.bind("distance", recipe.distance))
     if "experts" in recipe.axes and "text" in parts.needs("metric", recipe.metric):
         metrics.append(usage)
     return metrics
 
 
-def _layer_measure(work: Work, **told: Callable[[int, int], None]) -> Callable[..., Scores] | None:
-    """The recipe's distance if it makes passes of its own, as `blocks.loss_drop` does; None if it shares the metric's pass."""
-    recipe = work.recipe
-    if recipe.distance is None:
+def by_passes(work: Work, key: Literal["metric", "distance"], **told: Callable[[int, int], None]) -> Callable[..., Scores] | None:
+    """The recipe's metric or distance if it makes passes of its own, as `blocks.loss_drop` does; None if it shares the pass of all."""
+    name = getattr(work.recipe, key)
+    if name is None:
         return None
-    distance = parts.bind("distance", recipe.distance, task=work.task, dtype=recipe.dtype, **told)
-    return None if inspect.isgeneratorfunction(distance) else distance
+    measure = parts.bind(key, name, task=work.task, dtype=work.recipe.dtype, **told)
+    return None if inspect.isgeneratorfunction(measure) else measure
 
 
 def evidence_of(work: Work, metrics: Sequence[Metric] | None = None) -> Evidence:
-    """The most evidence that `metrics` need; by default those of `metrics_of`."""
+    """The most evidence that `metrics` need; by default those of `metrics_of`, or a metric with passes of its own."""
+    if metrics is None and by_passes(work, "metric") is not None:
+        return Evidence.GRADIENTS
     return evidence_needed(work.model, scored(work), metrics_of(work, seed=0) if metrics is None else metrics)
 
 
@@ -479,9 +492,11 @@ def sizes_alike(work: Work, *, keep: int) -> dict[str, int]:
         reached |= sizes
         # Counted in the model: the costs of the axes count a weight twice that a channel and a neuron share.
         total = num_left(work.model, work.axes, mask_to(whole, reached))
-        num_layers = sizes.get("layers", len(alike["layers"]))  # of layers with equal scores the first stay
+        stay = {
+            axis.name: sizes.get(axis.name, axis.size) for axis in whole if axis.kind == "layers"
+        }  # of equal layers the first
         gone = {name for name, size in sizes.items() if size == 0}
-        staying = [axis for axis in left if axis.layer is None or axis.layer < num_layers]
+        staying = [axis for axis in left if axis.layer is None or axis.layer < stay.get(f"{tower_of(axis.name)}layers", math.inf)]
         staying = [axis for axis in staying if not gone & {axis.name, *axis.enclosing}]
         left = [
             replace(axis, size=sizes[axis.name], costs=axis.costs[: sizes[axis.name]], pattern=axis.pattern[: sizes[axis.name]])

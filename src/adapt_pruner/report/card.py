@@ -28,7 +28,7 @@ from adapt_pruner.core.system.terminal import visible
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError, first_line
 from adapt_pruner.export import form_of
-from adapt_pruner.export.loading import layers_of, loading
+from adapt_pruner.export.loading import layers_of, loading, towers_of
 from adapt_pruner.recipe import ALIASES, PAPERS, Recipe, differing, methods, parts, read
 
 _OWN_PAPER = "2502.03460"
@@ -169,14 +169,15 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     command = _command(recipe)
     library = "transformers" if exported is None else getattr(form_of(exported[0]), "LIBRARY", "transformers")
     text = _template().render(
-        front=_front_matter(pruning, base, title, library=library).to_yaml(),
+        front=_front_matter(pruning, base, title, library=library, towers=bool(towers_of(config))).to_yaml(),
         title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros, changed=changed,
         named=f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"]),
         trained=f"trained on {trained:,} tokens" if trained else "not trained afterwards",
         method=_method(recipe, row), paper=_ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", row.get("paper", "not known")),
         asked=_asked(recipe), sizes=list(_sizes(config)), form=exported and form_of(exported[0]).ABOUT,
         licence=f"{base['license']} ({base['license_name']})" if base.get("license_name") else base.get("license"),
-        begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)),
+        begun=begun, after=after, perplexities=list(_perplexities(pruning, begun, after)), towers=bool(towers_of(config)),
+        judged=[(after if row["stage"] else begun, {name: value for name, value in row.items() if name != "stage"}) for row in figures.get("judged") or []],
         **_tasks(figures.get("tasks") or [], recipe["evaluation"].get("limit")),
         loading=list(loading(config) if exported is None else form_of(exported[0]).loading(with_common_names(exported[1]))),
         chats=list(_chats(figures, begun, after)), calibrated=_calibrated(recipe, figures), counted=counted, measured_on=_measured_on, needs=parts.needs_if_known, typed=typed,
@@ -225,14 +226,14 @@ def _block(text: str, language: str) -> str:
     return f"{fence}{language}\n{text}\n{fence}"
 
 
-def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str, *, library: str) -> Any:
+def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: str, *, library: str, towers: bool) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, figures, measured = pruning["recipe"], pruning["figures"], _measured_result(pruning)
     anew = recipe.get("init") == "random"
     perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
     results = None
-    if perplexities and _is_number(perplexities[-1]) and text is not None and measured:
+    if perplexities and _is_number(perplexities[-1]) and text is not None and measured and not towers:
         of_hub = _hub_ids(text)
         result = EvalResult(
             task_type="text-generation",
@@ -254,7 +255,7 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
         "license_name": base.get("license_name"),
         "license_link": base.get("license_link"),
         "library_name": library,
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "zero-shot-image-classification" if towers else "text-generation",
         "tags": tags,
         "datasets": hub_ids or None,
     }
@@ -264,6 +265,12 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The present sizes of the layers, from the config."""
+    if towers := towers_of(config):
+        for name, tower in towers.items():
+            for what, size in _sizes({"vocab_size": 0, **tower}):
+                if what != "vocabulary" or name == "text":
+                    yield f"{name} tower: {what}", size
+        return
     layers = list(layers_of(config))
     yield "layers", f"{len(layers)}, over a stream of {config.get('sliced_hidden_size', config['hidden_size']):,} dimensions"
     for key, what, block in (

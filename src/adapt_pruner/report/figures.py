@@ -377,6 +377,9 @@ def _measures(
     for name, key, form, note in shown:
         before, now, between = (getattr(measured, key, None) for measured in (first, last, cut))
         yield Row(name, before, now, form, note, after_cuts=between)
+    for name in (last or evaluations[0]).judged:
+        before, now, between = (None if measured is None else measured.judged.get(name) for measured in (first, last, cut))
+        yield Row(name, before, now, "right", after_cuts=between)
 
 
 def _task_rows(tasks: Sequence[Tasks]) -> Iterator[Row]:

@@ -108,7 +108,10 @@ def export(
     check_form(to, quant=quant, pad=pad)
     check_place(out)
     listen(Load(model=model))
-    loaded = (load_unread if is_lazy(to) else load_that_fits)(model, trust_remote_code=trust_remote_code)
+    if is_lazy(to):
+        loaded = load_unread(model, trust_remote_code=trust_remote_code)
+    else:
+        loaded = load_that_fits(model, trust_remote_code=trust_remote_code, any_task=to == "onnx")
     notes = write(loaded, out, to=to, quant=quant, pad=pad)
     if out.is_dir() and (lacking := write_card_of_export(expanded(loaded.source), out, to)) is not None:
         notes = [*notes, lacking]

@@ -107,7 +107,7 @@ def dense_again(work: Work, lost: str) -> Any:
         raise UsageError(
             f"{lost} and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
-    loaded = load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code)
+    loaded = load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code, any_task=True)
     return grown(loaded, work.recipe.grow, seed=work.recipe.seed).model
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint.save import towers_in
 from adapt_pruner.checkpoint.shelved import Offload
 from adapt_pruner.core.model import loss
 from adapt_pruner.core.model.budget import count_parameters
-from adapt_pruner.core.model.layers import HIDDEN_BYTES, LOGITS_OF, activation_bytes, decoder_layers, layers_at_once
+from adapt_pruner.core.model.layers import HIDDEN_BYTES, LOGITS_OF, activation_bytes, layers_at_once
 from adapt_pruner.data import windows
 from adapt_pruner.reduce.repair import closed_form
 from adapt_pruner.reduce.units import HEAD_TOKENS
@@ -97,8 +98,12 @@ def shapes(model: Any) -> Shapes:
         elif axis.kind == "neurons":
             sums["neurons"] += axis.size
             widest = max(widest, axis.size)
-    stack = [count_parameters(layer) for layer in decoder_layers(model)]
-    vocabulary, width = model.get_output_embeddings().weight.shape
+    stacks: list[Any] = [model.get_submodule(axis.gate.module) for axis in families.axes(model) if axis.kind == "layers"]
+    stack = [count_parameters(layer) for layers in stacks for layer in layers]
+    if (head := model.get_output_embeddings()) is None:  # of two towers, which tell the pairs of a batch apart
+        vocabulary, width = 1, max(tower.hidden_size for tower in towers_in(model.config))
+    else:
+        vocabulary, width = head.weight.shape
     return Shapes(count_parameters(model), sum(stack), max(stack), len(stack), vocabulary, width, **sums, widest=widest)
 
 

@@ -28,7 +28,7 @@ from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.recipe.prune_recipe import to_prune
-from adapt_pruner.reduce.units import evidence_of, metrics_of
+from adapt_pruner.reduce.units import by_passes, evidence_of, metrics_of
 from adapt_pruner.run.checkpoints import kept
 from adapt_pruner.run.conversations import specs_to_write
 from adapt_pruner.run.estimate import (
@@ -71,7 +71,7 @@ def setup_of(
     return Setup(
         device="cpu" if device.type == "cpu" else "cuda", length=training.length,
         narrow=training.weights == "bfloat16" or uses_bfloat16(device, recipe.dtype), stored=2 if training.weights == "bfloat16" else 4,
-        bits=training.moment_bits, in_backward=training.step_in_backward, micro_tokens=training.pass_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
+        bits=training.moment_bits, in_backward=training.step_in_backward, micro_tokens=work.pass_tokens, batch_tokens=training.step_tokens, checkpointing=training.gradient_checkpointing,
         lora=0 if training.lora is None else training.lora.rank, teacher=(teacher or shapes(work.model)) if taught else None,
         processes=processes or world.size(), parallel=recipe.parallel, offload=work.loaded.offload,
         file_bytes=getattr(work.model.config.dtype, "itemsize", 4),
@@ -89,7 +89,8 @@ def needs_whole_model(work: Work) -> str:
         f"objective {recipe.training.objective!r}": bool(recipe.training.tokens) and recipe.training.needs_teacher,
         "init=random": recipe.init == "random",
         "a smaller vocabulary": recipe.vocabulary is not None,
-        f"metric {recipe.metric!r}": bool(needs & {Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS}),
+        f"metric {recipe.metric!r}": bool(needs & {Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS})
+        or by_passes(work, "metric") is not None,
         "a model with a weight mask": work.weight_mask is not None,
         "text that the model writes to train on": bool(specs_to_write(recipe)),
         "its self-written text (name another text, and set calibration.self_generated=0)": work.reads_text

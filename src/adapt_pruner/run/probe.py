@@ -18,6 +18,7 @@ from adapt_pruner.core.events import Listener
 from adapt_pruner.core.events.run import Probe
 from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import free_bytes, keeping_freed
 from adapt_pruner.errors import UsageError
@@ -96,10 +97,13 @@ def scoring_speed(work: Work) -> Speed:
     """The speed of this machine with a run's model, measured on one batch of random tokens that is scored."""
     work.tell(Probe())
     length = work.recipe.calibration.length
-    batch = _random_rows(work.model, max(1, _PROBED_TOKENS // length), length)
+    if len(work.task.towers) > 1:
+        batch = work.data.calibration(1)[0]
+    else:
+        batch = _random_rows(work.model, max(1, _PROBED_TOKENS // length), length)
     for _ in range(2):  # the first pass of a process is slow
         span = _seconds(partial(_score_rows, work, batch))
-    flops = batch.numel() * operations(shapes(work.model), replace(setup_of(work), length=length), kind="score") / span
+    flops = len(batch) * length * operations(shapes(work.model), replace(setup_of(work), length=length), kind="score") / span
     return Speed(flops, f"this machine reaches {flops / 1e12:.3g} TFLOP/s with this model")
 
 
@@ -147,7 +151,8 @@ def _random_rows(model: Any, count: int, length: int) -> Tensor:
 def _score_rows(work: Work, rows: Tensor) -> None:
     """Score a run's model on these rows by first-order Taylor."""
     axes = [axis for axis in work.axes if axis.layer is not None or axis.kind in work.recipe.axes]
-    score(work.model, axes, [rows], metrics=[taylor], dtype=work.recipe.dtype)
+    task: Task = work.task if len(work.task.towers) > 1 else CAUSAL_LM  # random tokens suit any task of one stack
+    score(work.model, axes, [rows], metrics=[taylor], task=task, dtype=work.recipe.dtype)
 
 
 def _seconds(do: Callable[[], object]) -> float:
@@ -165,7 +170,7 @@ def fit_threads(work: Work) -> str:
     Returns:
         How many threads are used, in words.
     """
-    if torch.get_num_threads() == 1 or work.model.device.type != "cpu" or world.size() > 1:
+    if torch.get_num_threads() == 1 or work.model.device.type != "cpu" or world.size() > 1 or len(work.task.towers) > 1:
         return _in_words()
     return _fitted(partial(_score_rows, work, _random_rows(work.model, 1, _TOKENS)))
 

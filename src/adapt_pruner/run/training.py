@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adapt_pruner import families
-from adapt_pruner.checkpoint.load import Loaded, load
+from adapt_pruner.checkpoint.load import Loaded, load, tokens_of
 from adapt_pruner.checkpoint.vocabulary import smaller_tokenizer
 from adapt_pruner.core import events
 from adapt_pruner.core.events.words import compact
@@ -247,7 +247,7 @@ class Trainer:
         how = TrainConfig(
             objective=around(heard or objective), heard=heard,
             schedule=parts.bind("schedule", training.schedule, **training.model_dump()),
-            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=training.pass_tokens,
+            lr=training.lr, batch_rows=training.batch_rows, micro_tokens=work.pass_tokens,
             clip=math.inf if training.clip is None else training.clip, in_backward=training.step_in_backward,
             max_rise=training.max_rise, dtype="bfloat16" if training.weights == "bfloat16" else work.recipe.dtype, seed=work.recipe.seed, task=work.task,
             seconds_left=self._seconds_left if in_time else None, stage_seconds_left=self._stage_seconds_left if in_time else None,
@@ -371,22 +371,28 @@ def teacher_of(work: Work, *, begun: bool) -> Any:
     if recipe.training.teacher is None and not begun:
         teacher = copy.deepcopy(loaded.model)
     else:
-        other = load(name, device=device, trust_remote_code=work.trust_remote_code)
+        other = load(name, device=device, trust_remote_code=work.trust_remote_code, any_task=True)
         if recipe.training.teacher is None:
             other = grown(other, recipe.grow, seed=recipe.seed)
         other = _with_same_tokens(other, work)
-        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+        theirs, ours = tokens_of(other.tokenizer), tokens_of(loaded.tokenizer)
+        if theirs.get_vocab() != ours.get_vocab():
             raise UsageError(
-                f"teacher {name} ({len(other.tokenizer):,} tokens) and {recipe.model} ({len(loaded.tokenizer):,}) have different "
+                f"teacher {name} ({len(theirs):,} tokens) and {recipe.model} ({len(ours):,}) have different "
                 "tokenizers; distillation compares token by token, so name a teacher of the same vocabulary"
             )
         teacher = other.model
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (teacher, loaded.model)]
+    if families.task_of(teacher.config) != families.task_of(work.model.config):
+        raise UsageError(
+            f"teacher {name} learns {families.task_of(teacher.config)}, and {recipe.model} something else; name another"
+        )
+    heads = [model.get_output_embeddings() for model in (teacher, loaded.model)]
+    sizes = [0 if head is None else head.weight.shape[0] for head in heads]  # models of two towers have none
     if sizes[0] != sizes[1]:
         raise UsageError(
             f"teacher {name} has {sizes[0]:,} logits and {recipe.model} has {sizes[1]:,}; name a teacher of the same vocabulary"
         )
-    if parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
+    if heads[0] is not None and parts.bind("objective", recipe.training.objective).keywords.get("hidden"):
         _check_hidden(work, teacher)
     cast_weights(teacher, torch.bfloat16 if uses_bfloat16(device, recipe.dtype) else torch.float32)
     return teacher.eval().requires_grad_(False)

@@ -115,12 +115,14 @@ def loss_drop(
     """
     losses, done = {axis.name: torch.zeros(axis.entries) for axis in axes}, 0
     may_go = [axis for axis in axes if axis.size > axis.least]
-    outside = [axis for axis in may_go if axis.layer is None and axis.name != "layers"]
+    outside = [axis for axis in may_go if len(task.towers) > 1 or (axis.layer is None and axis.name != "layers")]
     for axis in outside:
         for entry in range(axis.entries):
             with _shut(model, axes, axis, entry):
                 losses[axis.name][entry] = mean_loss(model, batches, task=task, dtype=dtype)
     mine, predicted = world.share(batches), task.num_predicted(batches)
+    if len(task.towers) > 1:  # it has several stacks of layers
+        return losses
     stack = list(decoder_layers(model))
     units = [
         (index, axis, entry)

@@ -168,7 +168,8 @@ def score(
             if need is not Evidence.WEIGHTS:
                 predicted = task.num_predicted(batches)
                 streams_too = Evidence.STREAM_GRADIENTS in needs
-                if (is_shelved(model) and need is Evidence.STREAM_GRADIENTS) or (need is Evidence.GRADIENTS and not streams_too):
+                by_layer = need is Evidence.GRADIENTS and not streams_too and len(task.towers) == 1
+                if (is_shelved(model) and need is Evidence.STREAM_GRADIENTS) or by_layer:
                     tell = _in_batches(on_batch, len(mine))
                     sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=tell, further=streams_too)
                     sweep.forward()

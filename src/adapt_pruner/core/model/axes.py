@@ -7,6 +7,9 @@ format, which mask.json and log.jsonl use too:
     layers.I.KIND   something in layer I, such as `layers.3.neurons` or `layers.3.kv_heads`
     KIND            something that the whole model has once: `residual`, `vocabulary`
 
+A model of two towers has `text.layers`, `text.layers.I.KIND`, `vision.layers` and `vision.layers.I.KIND`. Each tower counts its own
+layers, and what happens to one does not concern the other (`of_tower`).
+
 The axis declares everything else, such as the axes it lies inside and whether it may lose every unit. `layers.I.attentions` and
 `layers.I.mlps` have one unit, the whole block of that layer. Removing it removes the axis and all axes inside the block.
 
@@ -16,7 +19,7 @@ head of each group. Scores and masks have an entry for every head, group by grou
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -30,7 +33,7 @@ Scores = dict[str, Tensor]
 """Axis name -> float32 tensor [axis.entries] on the CPU; higher means keep; comparable within a group of an axis only."""
 
 
-GateKind = Literal["inputs", "channels", "logits", "routed", "whole"]
+GateKind = Literal["inputs", "outputs", "channels", "logits", "routed", "whole"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Gate:
     """Where an entry of an axis can be shut without being cut. The kind says what shutting means:
 
         inputs      each entry owns `width` consecutive input features of the linear layer `module`; shutting sets them to zero
+        outputs     each entry is an output feature of the linear layers `module` and `also`; shutting sets it to zero
         channels    each entry is a channel that `module` and `also` read, norms or linear layers; shutting sets it to zero there
         logits      each entry is a logit of the model, computed by `module`; shutting sets it to -inf: a token never said
         routed      each entry is an expert, which the router `module` may choose for a token; shutting sets its logit and its term in
@@ -64,7 +68,7 @@ class Gate:
         module: the dotted name; for channels, that of the last norm, before the head.
         width: features of an entry, for inputs.
         kind: see above. Metrics never get an axis of kind `logits`.
-        also: for channels, the norms inside the layers, and the linear layers that read the stream without one; for routed, the
+        also: for outputs, further linear layers; for channels, the norms inside the layers, and the linear layers that read the stream without one; for routed, the
             parameters and buffers that the router adds to its scores when it chooses.
         dim: for inputs, the dimension of the layer's weight that holds them: 1 for `nn.Linear`, 0 for GPT-2's `Conv1D`.
     """
@@ -176,8 +180,32 @@ class Axis:
 
 def _layer(name: str) -> int | None:
     """I of a name `layers.I.KIND`; None for other names."""
-    head, _, rest = name.partition(".")
+    head, _, rest = name.removeprefix(tower_of(name)).partition(".")
     return int(rest.partition(".")[0]) if head == "layers" and rest else None
+
+
+def tower_of(name: str) -> str:
+    """`text.` of `text.layers.3.neurons`: the tower that an axis lies in; empty where a model has only one, or of the whole model."""
+    head, layers, _ = name.partition("layers")
+    return head if layers and head.endswith(".") else ""
+
+
+def towers_of(axes: Iterable[Axis]) -> list[str]:
+    """The towers of a model: `[""]` of a model that has only one."""
+    return sorted({tower_of(axis.name) for axis in axes})
+
+
+def of_tower(axes: Iterable[Axis], tower: str) -> list[Axis]:
+    """The axes of a tower, named as those of a model that has only this one."""
+    return [
+        replace(
+            axis,
+            name=axis.name.removeprefix(tower),
+            enclosing=tuple(outer.removeprefix(tower) for outer in axis.enclosing),
+        )
+        for axis in axes
+        if tower_of(axis.name) == tower
+    ]
 
 
 def in_layer(name: str, numbers: Sequence[int] | None) -> str:
@@ -257,10 +285,15 @@ class Mask:
 
     def renamed(self, name: str) -> str | None:
         """The axis's name after a cut by this mask: layers above a removed one move down; None if its own layer is removed."""
-        stays, layer = self.kept.get("layers"), _layer(name)
+        tower, layer = tower_of(name), _layer(name)
+        stays = self.kept.get(f"{tower}layers")
         if stays is None or layer is None:
             return name
-        return f"layers.{int(stays[:layer].sum())}.{name.rpartition('.')[2]}" if stays[layer] else None
+        return f"{tower}layers.{int(stays[:layer].sum())}.{name.rpartition('.')[2]}" if stays[layer] else None
+
+    def of_tower(self, tower: str) -> "Mask":
+        """What the mask says of a tower, by the names of a model that has only this one."""
+        return Mask({name.removeprefix(tower): keep for name, keep in self.kept.items() if tower_of(name) == tower})
 
     def then(self, later: "Mask", axes: Iterable[Axis]) -> "Mask":
         """This mask followed by `later`, which was chosen on the model this one left behind.
@@ -277,6 +310,10 @@ class Mask:
             ValueError: `later` has another size along an axis than this mask leaves, or `axes` belong to a model with more
                 layers.
         """
+        axes = tuple(axes)
+        if len(towers := towers_of(axes)) > 1:
+            parts = {tower: self.of_tower(tower).then(later.of_tower(tower), of_tower(axes, tower)) for tower in towers}
+            return Mask({f"{tower}{name}": keep for tower, part in parts.items() for name, keep in part.kept.items()})
         stayed = self.layers_left
         result = dict(self.kept)
         if "layers" in later:

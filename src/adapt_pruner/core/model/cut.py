@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapt_pruner.core.model import moments
-from adapt_pruner.core.model.axes import Axis, Mask
+from adapt_pruner.core.model.axes import Axis, Mask, of_tower, towers_of
 from adapt_pruner.core.model.budget import count_parameters, unit_cost
 from adapt_pruner.core.model.hooks import Removable, attached
 from adapt_pruner.core.model.modeling_pruned import _Nothing, _OwnConfig
@@ -70,7 +70,7 @@ def _check_gate(model: nn.Module, axis: Axis) -> None:
         ValueError: the numbers differ.
     """
     gate = axis.gate
-    also = gate.also if gate.kind == "channels" else ()
+    also = gate.also if gate.kind in ("channels", "outputs") else ()
     for name in () if gate.is_whole else (gate.module, *also):
         weight: Any = getattr(model.get_submodule(name), "weight", None)
         if weight is None:
@@ -89,6 +89,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mask | Mapping[str, Ten
     With a number g for each entry, 0 for shut and 1 for open, the gate changes:
 
         inputs      x, a feature that an entry owns, to g · x
+        outputs     y, a feature that an entry owns, to g · y
         channels    x, a channel as the norms read it, to g · x; so the mean of a norm runs over what is left
         whole       a block's output y to g · y before it is added to the stream; a layer's output f(x) to x + g · (f(x) - x)
         logits      z to z + log g; to -inf where g is 0 or less, with no gradient to g
@@ -135,6 +136,9 @@ def _gate(model: nn.Module, axis: Axis, gate: Tensor) -> Iterator[Removable]:
     else:
         features = gate.repeat_interleave(axis.gate.width)
         for module in (axis.gate.module, *axis.gate.also):
+            if axis.gate.kind == "outputs":
+                yield model.get_submodule(module).register_forward_hook(partial(_multiply_output, features))
+                continue
             yield model.get_submodule(module).register_forward_pre_hook(partial(_multiply_input, features))
 
 
@@ -251,8 +255,9 @@ def cut(
     for axis in shrinking.values():
         if axis.modules:
             _drop_block(model, axis)
-    if "layers" in shrinking:
-        _drop_layers(model, shrinking["layers"], mask.layers_left or [])
+    for axis in shrinking.values():
+        if axis.kind == "layers":
+            _drop_layers(model, axis, mask[axis.name].nonzero().flatten().tolist())
     write_sizes(model.config, axes, mask)
 
 
@@ -289,9 +294,9 @@ def _gone(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> set[nn.Paramete
     """The parameters of the layers and blocks that are removed whole."""
     modules: list[nn.Module] = []
     for axis in axes:
-        if axis.name == "layers" and axis.name in mask:
+        if axis.kind == "layers" and axis.name in mask:
             stack: Any = model.get_submodule(axis.gate.module)
-            modules += [layer for layer, stays in zip(stack, mask["layers"], strict=True) if not stays]
+            modules += [layer for layer, stays in zip(stack, mask[axis.name], strict=True) if not stays]
         elif axis.modules and not mask.of(axis).any():
             modules += [model.get_submodule(name) for name in axis.modules]
     return {parameter for module in modules for parameter in module.parameters()}
@@ -402,8 +407,14 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     A field is set for the whole model if all layers that have it agree. Otherwise it goes to `per_layer_config`, which holds only
     what differs. A field also goes there if the config refuses the common value: Llama wants hidden_size to be a multiple of the
     number of heads. `skip` in `per_layer_config` names the blocks that a layer lacks, as in transformers' schema: those missing
-    already and those that go now.
+    already and those that go now. With `own_sizes` something beside the layers goes by the same fields, so these stay as they are and
+    layers of another size state it. A model of two towers has a config for each, `text_config` and `vision_config`.
     """
+    if len(towers := towers_of(axes)) > 1:
+        for tower in towers:
+            inner = getattr(config, f"{tower.removesuffix('.')}_config") if tower else config
+            write_sizes(inner, of_tower(axes, tower), mask.of_tower(tower))
+        return
     depth = next((axis for axis in axes if axis.name == "layers"), None)
     skipped = [list(getattr(layer, "skip", ())) for layer in config.per_layer_config] if depth else []
     config.per_layer_config = None
@@ -433,7 +444,8 @@ def write_sizes(config: Any, axes: Sequence[Axis], mask: Mask = Mask()) -> None:
     per_layer: dict[int, dict[str, Any]] = {i: {"skip": skipped[old]} if skipped[old] else {} for i, old in enumerate(stayed)}
     for field, by_layer in sizes.items():
         common = set(by_layer.values())
-        if len(common) == 1 and _accepts(config, field, next(iter(common))):
+        shared = len(common) == 1 and (common == {getattr(config, field)} or not getattr(config, "own_sizes", False))
+        if shared and _accepts(config, field, next(iter(common))):
             setattr(config, field, common.pop())
         else:
             for i, size in by_layer.items():
@@ -466,7 +478,7 @@ def _reads_global_sizes(config: Any) -> bool:
     """
     positions = getattr(config, "rope_parameters", None) or {}
     kinds = [of.get("rope_type") for of in (positions, *positions.values()) if isinstance(of, dict)]
-    if any(kind not in (None, "default") for kind in kinds):
+    if getattr(config, "own_sizes", False) or any(kind not in (None, "default") for kind in kinds):
         return True
     config.allow_global_per_layer_attribute_access = False
     try:

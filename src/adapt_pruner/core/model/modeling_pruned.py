@@ -1,4 +1,4 @@
-"""Causal language models whose layers differ in size, as `per_layer_config` in config.json says.
+"""Models whose layers differ in size, as `per_layer_config` in config.json says.
 
 Made by adapt-pruner, which puts this file beside the weights; it needs transformers >= 5.14 and nothing else. Each class
 is the stock one, but each decoder layer is built from its own config. A layer's `skip` names what it lacks: attention, mlp
@@ -14,6 +14,7 @@ Licence: Apache-2.0.
 """
 
 import functools
+import inspect
 import json
 
 import torch
@@ -155,6 +156,7 @@ NORMS = (  # of a layer: those before and after its attention, those before and 
     (("attention_layernorm",), (), ("feedforward_layernorm",), ()),
     (("operator_norm",), (), ("ffn_norm",), ()),
     (("ln_1",), (), ("ln_2",), ()),
+    (("layer_norm1",), (), ("layer_norm2",), ()),
     (("norm_1",), (), ("norm_2",), ()),
     (("input_layernorm",), (), ("pre_feedforward_layernorm",), ()),
     (("input_layernorm",), (), ("pre_ff_layernorm",), ()),
@@ -203,14 +205,22 @@ def has_narrow_heads(config):
     return keeps and config.num_attention_heads * config.head_dim != config.hidden_size
 
 
+def made(kind, config, index):
+    """A layer or an attention by its class, which may take its number or not."""
+    names = list(inspect.signature(kind).parameters)
+    if "layer_idx" in names:
+        return kind(config, layer_idx=index)
+    return kind(config, index) if len(names) > 1 else kind(config)
+
+
 def _built(layer_class, config, index):
     """A layer by its class. One with narrow heads gets an attention that is built for a stream as wide as these, with other ends."""
     if not has_narrow_heads(config):
-        return layer_class(config, index)
-    layer = layer_class(_OwnConfig(config, num_attention_heads=1, num_key_value_heads=1), index)
+        return made(layer_class, config, index)
+    layer = made(layer_class, _OwnConfig(config, num_attention_heads=1, num_key_value_heads=1), index)
     name = name_in(layer, ATTENTIONS)
     narrow = _OwnConfig(config, hidden_size=config.num_attention_heads * config.head_dim)
-    attention = type(getattr(layer, name))(narrow, layer_idx=index)
+    attention = made(type(getattr(layer, name)), narrow, index)
     for part, linear in list(attention.named_children()):
         if isinstance(linear, (nn.Linear, Conv1D)):
             ends = ends_of(linear)
@@ -221,27 +231,51 @@ def _built(layer_class, config, index):
     return layer
 
 
+def _fill(stack, layer_class, config, inner):
+    """Append to `stack`, in place, the layers that `config` states; their attention reads `inner`, the config of their model, as it runs."""
+    for index in range(config.num_hidden_layers):
+        own = layer_config(config, index)
+        layer = _built(layer_class, own, index)
+        attention = getattr(layer, name_in(layer, ATTENTIONS) or "self_attn", None)
+        if attention is not None:
+            attention.config = inner  # so that a later choice of the attention kernel reaches every layer
+            if config.is_heterogeneous:
+                attention.config = _OwnConfig(inner, **{name: getattr(own, name) for name in config.per_layer_attributes})
+        if getattr(config, "output_bias", False):
+            _add_output_biases(layer)
+        if getattr(config, "block_sums", 0):
+            add_block_sums(layer, config.block_sums)
+        for block, *norms in (_blocks(layer)[name] for name in getattr(own, "skip", ())):
+            setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
+            for norm in norms:
+                setattr(layer, norm, nn.Identity())
+        stack.append(layer)
+
+
 class _Pruned(_WithoutLayers):
     def __init__(self, config):
         super().__init__(config)
-        layer_class = self._can_record_outputs["hidden_states"]
-        for index in range(config.num_hidden_layers):
-            own = layer_config(config, index)
-            layer = _built(layer_class, own, index)
-            attention = getattr(layer, name_in(layer, ATTENTIONS) or "self_attn", None)
-            if attention is not None:
-                attention.config = config  # so that a later choice of the attention kernel reaches every layer
-                if config.is_heterogeneous:
-                    attention.config = _OwnConfig(config, **{name: getattr(own, name) for name in config.per_layer_attributes})
-            if getattr(config, "output_bias", False):
-                _add_output_biases(layer)
-            if getattr(config, "block_sums", 0):
-                add_block_sums(layer, config.block_sums)
-            for block, *norms in (_blocks(layer)[name] for name in getattr(own, "skip", ())):
-                setattr(layer, block, _Nothing(getattr(getattr(layer, block), "layer_idx", None)))
-                for norm in norms:
-                    setattr(layer, norm, nn.Identity())
-            getattr(self, name_in(self, STACKS)).append(layer)
+        _fill(getattr(self, name_in(self, STACKS)), self._can_record_outputs["hidden_states"], config, config)
+        self.post_init()
+
+
+class _PrunedTowers:
+    """A model of two towers, `text_model` and `vision_model`, each with a config of its own."""
+
+    def __init__(self, config):
+        towers = {"text_model": config.text_config, "vision_model": config.vision_config}
+        depths = {name: tower.num_hidden_layers for name, tower in towers.items()}
+        try:
+            for tower in towers.values():
+                tower.num_hidden_layers = 0
+            super().__init__(config)
+        finally:
+            for name, tower in towers.items():
+                tower.num_hidden_layers = depths[name]
+        for name, tower in towers.items():
+            model = getattr(self, name)
+            model.config.num_hidden_layers = depths[name]
+            _fill(model.encoder.layers, self._can_record_outputs["hidden_states"], tower, model.config)
         self.post_init()
 
 
@@ -311,7 +345,8 @@ def class_called(name, prefix, kinds, find):
         fields["config_class"] = find(prefix + stock.config_class.__name__)
     if kind not in ("Config", "Model"):
         fields["base_class"] = find(prefix + MODEL_MAPPING[stock.config_class].__name__)
-    return type(name, (kinds[kind], stock), fields)
+    towers = kind == "Model" and {"text_config", "vision_config"} <= set(stock.config_class.sub_configs)
+    return type(name, (_PrunedTowers if towers else kinds[kind], stock), fields)
 
 
 @functools.cache

@@ -4,17 +4,28 @@ Scoring, repairs, training and evaluation ask a `Task`. They do not know the hea
 How text becomes batches is the work of `data.task.TextTask`, which a recipe names.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core.model.loss import LogitLoss, logit_map, nll_of_logits, of_head, through_head
 
+LOADED_BY = {"causal_lm": ("AutoModelForCausalLM", "AutoTokenizer"), "contrastive": ("AutoModel", "AutoProcessor")}
+"""Task -> the class of transformers that loads a model for it, and the class that loads what makes its batches."""
+
 
 class Task(Protocol):
-    """What scoring, repairs and training ask of the work that a model does."""
+    """What scoring, repairs and training ask of the work that a model does.
+
+    Attributes:
+        towers: the stacks of layers that a batch goes through, as axes name them: `("",)`, or `("text.", "vision.")`, in which case the
+            samples of a batch are told apart together, so that a batch must not be taken apart.
+    """
+
+    towers: ClassVar[tuple[str, ...]]
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
         """How many predictions of these batches count in the loss; only the first two dimensions of each batch are read.
@@ -50,6 +61,17 @@ class Task(Protocol):
     def judged(self, model: Any, batch: Tensor) -> Mapping[str, Tensor]:
         """Figures beside the loss, each a sum over all predictions: `{"accuracy": number of right answers}`; {} for none."""
 
+    def observed(self, model: Any, batches: Sequence[Tensor], tower: str) -> Tensor:
+        """What `merit` needs to know of a tower of a model, or of the whole model, whose tower is ""; without gradients."""
+
+    def merit(self, observed: Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
+        """How well a model does by the task's own measure, more being better.
+
+        Args:
+            observed: tower -> what `observed` gave of it. While one tower is pruned, the others need not run again.
+            batches: those that were observed.
+        """
+
 
 @dataclass(frozen=True)
 class CausalLM:
@@ -58,6 +80,8 @@ class CausalLM:
     The logits are the output of `get_output_embeddings()` for the last hidden state of `get_decoder()`, capped if the model caps
     them. Batches are token ids, int64 [batch, length], length at least 2; padding, if any, on the right.
     """
+
+    towers: ClassVar[tuple[str, ...]] = ("",)
 
     def num_predicted(self, batches: Iterable[Tensor], predicted: Tensor | None = None) -> int:
         """All tokens of a sequence except the first, or those of them that `predicted` marks."""
@@ -108,6 +132,14 @@ class CausalLM:
     def judged(self, model: Any, batch: Tensor) -> Mapping[str, Tensor]:
         """Nothing beside the loss."""
         return {}
+
+    def observed(self, model: Any, batches: Sequence[Tensor], tower: str) -> Tensor:
+        """The sum of the loss over each batch."""
+        return torch.stack([self.loss(model, batch.to(model.device)) for batch in batches])
+
+    def merit(self, observed: Mapping[str, Tensor], batches: Sequence[Tensor]) -> float:
+        """-L, of the mean loss L in nats per token."""
+        return -float(observed[""].double().sum()) / self.num_predicted(batches)
 
 
 CAUSAL_LM = CausalLM()

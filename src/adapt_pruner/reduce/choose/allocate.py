@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.parts import part
@@ -158,8 +158,10 @@ def uniform(
     Source: the uniform baseline of Adapt-Pruner (amplitude 0) and the local ratio of LLM-Pruner, arXiv:2305.11627.
     """
     _check_heads_after(heads_after, "uniform")
-    end = max((axis.layer + 1 for axis in axes if axis.layer is not None), default=0) - last
-    paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < end]
+    ends: dict[str, int] = {}  # of each tower, if the model has several
+    for axis in axes:
+        ends[tower_of(axis.name)] = max(ends.get(tower_of(axis.name), 0), 1 + (-1 if axis.layer is None else axis.layer))
+    paying = [axis for axis in axes if axis.layer is None or first <= axis.layer < ends[tower_of(axis.name)] - last]
     paid, debt = advance(paying, budget, debt, {axis.name: step for axis in paying}, heads_after=heads_after)
     return {axis.name: axis.size for axis in axes} | paid, debt
 

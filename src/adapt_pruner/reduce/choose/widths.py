@@ -6,8 +6,9 @@ wanted loses it later, since the chooser is asked again with the actual sizes.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from adapt_pruner.core.model.axes import Axis, Mask, Scores
+from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of, towers_of
 from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.errors import UsageError
 
@@ -43,6 +44,11 @@ def fitting(
     Returns:
         Axis name -> units to keep; none more than the axis has.
     """
+    if len(towers := towers_of(axes)) > 1:
+        options: dict[str, Any] = {"scores": scores, "multiple_of": multiple_of, "equal_widths": equal_widths}
+        parts = [[axis for axis in axes if tower_of(axis.name) == tower] for tower in towers]
+        of_parts = [fitting({axis.name: sizes[axis.name] for axis in part}, part, **options) for part in parts]
+        return {name: size for part in of_parts for name, size in part.items()}
     staying = _staying(sizes, axes, scores)
     kept = dict(sizes)
     wanted = sum((axis.size - sizes[axis.name]) * axis.cost for axis in staying)  # parameters to remove
@@ -102,8 +108,8 @@ def levelled(sizes: Mapping[str, int], axes: Sequence[Axis]) -> dict[str, int]:
 
 def _staying(sizes: Mapping[str, int], axes: Sequence[Axis], scores: Scores) -> list[Axis]:
     """The axes in layers, attentions and MLPs that stay; those of the whole model are left to the chooser."""
-    depth = next((axis for axis in axes if axis.name == "layers"), None)
-    stays = None if depth is None else Mask.of_sizes([depth], scores, sizes)["layers"]
+    depth = next((axis for axis in axes if axis.kind == "layers"), None)
+    stays = None if depth is None else Mask.of_sizes([depth], scores, sizes)[depth.name]
     inside = [axis for axis in axes if axis.layer is not None and (stays is None or bool(stays[axis.layer]))]
     return [axis for axis in inside if all(sizes.get(outer, 1) for outer in axis.enclosing)]
 
