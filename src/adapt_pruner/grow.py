@@ -56,6 +56,8 @@ def grown(loaded: Loaded, how: Grow | None, *, seed: int, listen: Listener = lam
     """
     if how is None:
         return loaded
+    if families.task_of(loaded.model.config) != "causal_lm":
+        raise UsageError(f"grow copies weights of causal language models, and {loaded.source} is none; leave grow out")
     if loaded.weight_mask is not None:
         raise UsageError(
             f"{loaded.source} has zeros that training keeps, and its copies would have none; grow the model that it was made from"

@@ -69,6 +69,7 @@ class Evaluation:
         chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
+        experts: of a model whose experts lay on a shelf, the `share` of those needed that were in memory, and what reading the others took.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Evaluation:
     chat: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
     average: dict[str, float] | None = None
+    experts: dict[str, float] | None = None
 
     def __repr__(self) -> str:
         lines = [f"{self.model}: {self.params:,} parameters, {self.weight_bytes / 1e6:,.0f} MB"]
@@ -187,6 +189,7 @@ def evaluate(
     cache_dir: Place | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    offload: str = "auto",
     trust_remote_code: bool = False,
     progress: bool = False,
     listen: Listener | None = None,
@@ -207,6 +210,8 @@ def evaluate(
         cache_dir: folder that keeps task scores, so that no task is scored twice; ~/.cache/adapt-pruner/tasks by default.
         device: device to run on: `auto` (a GPU if there is one), cpu, cuda, cuda:1, …
         dtype: number format of matrix products: float32, bfloat16, or `auto` (bfloat16 if the processor supports it).
+        offload: where weights lie while no pass needs them: none (in memory), cpu (in memory, as stored), disk (in the model's files;
+            of experts only those are read that a router chooses), or auto (disk if memory has no room for them).
         trust_remote_code: run Python code that comes with the model, a task folder, or a task that lm-eval marks as unsafe.
         progress: show a bar.
         listen: called with every event.
@@ -220,7 +225,7 @@ def evaluate(
     how = Measures(
         text=None if text is None else str(text), window=window, max_windows=max_windows, chat=chat, tasks=",".join(_several(tasks)) or None,
         num_fewshot=num_fewshot, limit=limit, task_dir=None if task_dir is None else expanded(task_dir),
-        cache_dir=None if cache_dir is None else expanded(cache_dir), device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        cache_dir=None if cache_dir is None else expanded(cache_dir), device=device, dtype=dtype, offload=offload, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     how.check()
     from adapt_pruner.compare.models import measured

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -192,21 +192,36 @@ def load(
 
 
 def load_that_fits(
-    name: str, *, device: torch.device | None = None, dtype: torch.dtype | None = torch.float32, **options: bool
+    name: str,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = torch.float32,
+    offload: Offload | Literal["auto"] = "auto",
+    only_read: bool = False,
+    **options: bool,
 ) -> Loaded:
     """`load` for reading a model once: its weights stay in its files if memory has no room for them and half as much.
 
-    `options` are `trust_remote_code`, `any_family` and `any_task`.
+    `offload` says where they stay instead, as a recipe does, and `only_read` is as in `Shelving`. `options` are `trust_remote_code`,
+    `any_family` and `any_task`.
     """
     device = device or torch.device("cpu")
     folder, gguf = locate(name)
-    shelving = None
-    if gguf is None and (free := free_bytes(device)) is not None:
+    shelving = None if offload == "auto" else Shelving.at(offload)
+    if (
+        shelving is not None
+        and gguf is None
+        and not families.is_known(read_config(folder, {"trust_remote_code": False}, name, any_family=True))
+    ):
+        raise UsageError(f"the weights of {name} cannot be read one by one, since its family is not known; set offload=none")
+    if offload == "auto" and gguf is None and (free := free_bytes(device)) is not None:
         on_disk, stored = weight_bytes(Path(folder)), getattr(torch, stored_dtype(folder, None) or "float32")
         if _ROOM * on_disk * (dtype or stored).itemsize / stored.itemsize > free:
             config = read_config(folder, {"trust_remote_code": False}, name, any_family=True)
             by_layer = families.is_known(config) and families.task_of(config) == "causal_lm"
             shelving = Shelving.at("disk" if by_layer else "none")
+    if shelving is not None:
+        shelving = replace(shelving, only_read=only_read)
     return load(name, device=device, dtype=dtype, shelving=shelving, **options)
 
 

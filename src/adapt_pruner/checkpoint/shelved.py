@@ -6,9 +6,10 @@ safetensors does not tell offsets. What has one dimension (norms, biases) is rea
 
 import json
 import os
+import re
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,18 @@ from adapt_pruner.checkpoint.config import random_model
 from adapt_pruner.checkpoint.untrusted import FORMATS, weight_files
 from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.model.layers import decoder_layers
-from adapt_pruner.core.model.shelf import SCRATCH, InFile, InMemory, Shelf, Shelved, Source, absent, fetch_on_call, on_shelf
+from adapt_pruner.core.model.shelf import (
+    SCRATCH,
+    InFile,
+    InMemory,
+    Shelf,
+    Shelved,
+    Source,
+    Stacked,
+    absent,
+    fetch_on_call,
+    on_shelf,
+)
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.errors import RunError, UsageError
 
@@ -41,9 +53,11 @@ class Shelving:
 
     Attributes:
         scratch: the folder for changed weights, and the files of the model hold all others; None keeps all in memory as stored.
+        only_read: whether nobody will change or save the weights; then files may hold experts apart that the class has in one tensor.
     """
 
     scratch: Path | None
+    only_read: bool = False
 
     @classmethod
     def at(cls, place: Offload, beside: Path | None = None) -> "Shelving | None":
@@ -91,9 +105,11 @@ def shelved_model(
     with _without_numbers():
         model = random_model(config, options, dtype=dtype)
         model.tie_weights()
-    stored: dict[str, InFile] = {}
+    stored: dict[str, InFile | Stacked] = {}
     for path in weight_files(folder, named):
         stored |= places(path)
+    if how.only_read:
+        stored = _together(stored, config.model_type)
     if not stored:
         raise UsageError(f"{name} has no model.safetensors; only safetensors weights are read, convert others first")
     names: dict[nn.Parameter, list[str]] = {}
@@ -171,7 +187,34 @@ def lay_over(model: Any, folder: Path) -> None:
                 model.config.output_bias = True
 
 
-def _fill_buffers(model: Any, stored: dict[str, InFile], name: str) -> None:
+def _together(stored: Mapping[str, InFile | Stacked], model_type: str) -> dict[str, InFile | Stacked]:
+    """Tensors of files by the names that the class has; experts that lie apart are together. What is not understood stays."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    result: dict[str, InFile | Stacked] = {}
+    apart: dict[str, dict[tuple[int, int], InFile]] = {}
+    for name, place in stored.items():
+        new, of_expert = name, None
+        for transform in get_checkpoint_conversion_mapping(model_type) or ():
+            operations = [type(operation).__name__ for operation in getattr(transform, "operations", ())]
+            renamed, pattern = transform.rename_source_key(new)
+            if pattern is None or operations not in ([], ["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+                continue
+            if operations and (number := re.search(pattern.replace(".", r"\.").replace("*", r"(\d+)"), new)) is not None:
+                of_expert = int(number[1]), transform.source_patterns.index(pattern)
+            new = renamed
+        if of_expert is None or not isinstance(place, InFile):
+            result[new] = place
+        else:
+            apart.setdefault(new, {})[of_expert] = place
+    for name, parts in apart.items():
+        experts, pieces = (1 + max(key[at] for key in parts) for at in (0, 1))
+        if len(parts) == experts * pieces:  # else a file is cut short, and the class will miss the tensor
+            result[name] = Stacked(tuple(tuple(parts[expert, piece] for piece in range(pieces)) for expert in range(experts)))
+    return result
+
+
+def _fill_buffers(model: Any, stored: dict[str, InFile | Stacked], name: str) -> None:
     """Read the persistent buffers, in place; refuse tensors that are left."""
     for full, buffer in model.named_buffers():
         if full in stored and (place := stored.pop(full)).dtype.is_floating_point:  # numbers of positions are made anew

@@ -109,6 +109,13 @@ def _print_text(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"\n{row['model']} is dequantised from {row['dequantised']}, so it differs a little from the model that its "
                 "makers published"
             )
+    for row in rows:
+        if experts := row.get("experts"):
+            print(
+                f"\nexperts of {row['model']}: {experts['share']:.1%} of {experts['hits'] + experts['misses']:,} were in memory when they were "
+                f"needed, the others took {experts['read_bytes'] / 1e9:.2f} GB of reading and {experts['waited']:.1f} s of waiting; at most "
+                f"{experts['most_bytes'] / 2**30:.2f} GiB of experts in memory, {experts['peak_bytes'] / 2**30:.1f} GiB of the process"
+            )
     seen = f"{rows[0]['tokens']:,} tokens in {words.counted(rows[0]['windows'], 'window')}"
     print(f"\nperplexity over {seen}; weights on disk as safetensors")
 

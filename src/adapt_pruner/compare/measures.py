@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from adapt_pruner.errors import UsageError, option
+from adapt_pruner.errors import UsageError, nearest, option
 from adapt_pruner.recipe import check_precision
 
+Place = Literal["auto", "none", "cpu", "disk"]
 WINDOW = 512
 """Tokens in an evaluation window, unless the user gives another number."""
 
@@ -26,6 +28,7 @@ class Measures:
         cache_dir: folder that keeps scores; None for the usual one.
         device: as in a recipe.
         dtype: precision of the matrix products.
+        offload: where weights lie while no pass needs them, as in a recipe; of experts on disk only those that a router chooses are read.
         trust_remote_code: whether Python code may run that comes with a model, a task folder, or a task that lm-eval marks as unsafe.
     """
 
@@ -40,6 +43,7 @@ class Measures:
     cache_dir: Path | None = None
     device: str
     dtype: str
+    offload: str = "auto"
     trust_remote_code: bool = False
 
     def check(self) -> None:
@@ -54,6 +58,8 @@ class Measures:
                 "several of them"
             )
         check_precision(self.dtype)
+        if self.offload not in (places := get_args(Place)):
+            raise UsageError(f"{option('offload')} {self.offload!r} is not known; {nearest(self.offload, places)}")
         for subject, options, what in (
             (self.tasks, ("num_fewshot", "limit", "task_dir", "cache_dir"), f"tasks; name them with {option('tasks')}"),
             (self.text, ("window", "max_windows"), f"a text; name it with {option('text')}"),

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +11,9 @@ from adapt_pruner.checkpoint.load import load_that_fits, locate, pick_device
 from adapt_pruner.compare.measures import WINDOW, Measures
 from adapt_pruner.core.events import Find, Listener, Load, Progress, Warned, counting
 from adapt_pruner.core.model.budget import count_parameters
+from adapt_pruner.core.model.hot_experts import Hot, one_by_one
 from adapt_pruner.core.model.weight_mask import count_nonzero
+from adapt_pruner.core.system.memory import free_bytes, peak_bytes
 from adapt_pruner.data.pictures import holds_pictures
 from adapt_pruner.data.sources import SELF, texts
 from adapt_pruner.data.tokens import opening
@@ -23,6 +26,9 @@ from adapt_pruner.evaluate.speed import forward_speed
 from adapt_pruner.evaluate.task_sources import Wanted, find_tasks
 from adapt_pruner.evaluate.tasks import TaskScore, average, evaluate_tasks, set_shots
 from adapt_pruner.work import task_for
+
+_FOR_EXPERTS = 4
+"""Experts of a model whose weights are on a shelf may take the free memory divided by this."""
 
 
 def measured(
@@ -40,7 +46,7 @@ def measured(
     Returns:
         For each model `model`, `params`, `nonzero`, `decoder_params` (None of unknown families), `weight_bytes`, `dequantised`,
         `windows_start_with`; with a text what `Perplexity.to_dict` gives, and `tokens_per_second`; with prompts
-        `chat`; with tasks `tasks` and `average`.
+        `chat`; of a model with experts on a shelf `experts`, what `Hot.figures` gives, and `peak_bytes`; with tasks `tasks` and `average`.
         And the scores of each model, none without tasks.
 
     Raises:
@@ -58,14 +64,24 @@ def measured(
         tasks = find_tasks(how.tasks, task_dir=how.task_dir, trust_remote_code=how.trust_remote_code)
         if plain := set_shots(tasks, how.num_fewshot):
             listen(Warned(message=f"{', '.join(plain)}: scored without examples, as defined in lm-eval"))
+    with ExitStack() as stack:
+        return _measured(models, how, tasks, stack, listen=listen)
+
+
+def _measured(
+    models: Sequence[str], how: Measures, tasks: Sequence[Wanted], stack: ExitStack, *, listen: Listener
+) -> tuple[list[dict[str, Any]], list[Sequence[TaskScore]]]:
+    """As `measured`; what models hold until all are measured goes to `stack`."""
     scores: list[Sequence[TaskScore]] = []
     rows: list[dict[str, Any]] = []
     held: list[tuple[dict[str, Any], Any, Any]] = []
+    place: Any = how.offload
+    hot: list[tuple[dict[str, Any], Any, Hot]] = []
     for name in models:
         listen(Load(model=name))
         loaded = load_that_fits(
             name, device=pick_device(how.device), trust_remote_code=how.trust_remote_code, any_family=True,
-            any_task=how.tasks is None and how.chat is None,
+            any_task=how.tasks is None and how.chat is None, offload=place, only_read=True,
         )  # fmt: skip
         model, tokenizer, task = loaded.model, loaded.tokenizer, task_for(loaded.model)
         row: dict[str, Any] = {
@@ -74,6 +90,11 @@ def measured(
             "weight_bytes": loaded.weight_bytes, "dequantised": loaded.dequantised,
             "windows_start_with": tokenizer.decode(opening(tokenizer)) or None if len(task.towers) == 1 else None,
         }  # fmt: skip
+        axes = families.declared(model) if loaded.offload != "none" else ()
+        if any(axis.per_token for axis in axes):
+            free = free_bytes(model.device)
+            room = loaded.weight_bytes if free is None else free // _FOR_EXPERTS
+            hot.append((row, model, stack.enter_context(one_by_one(model, axes, room=room))))
         if how.text is not None:
             window = WINDOW if how.window is None else how.window
             by_text = task.held_out(tokenizer, source=how.text, window=window, max_windows=how.max_windows)
@@ -105,4 +126,6 @@ def measured(
         speeds = forward_speed([model for _, model, _ in held], held[0][2], dtype=how.dtype)
         for (row, _, _), speed in zip(held, speeds, strict=True):
             row["tokens_per_second"] = speed
+    for row, model, experts in hot:
+        row["experts"] = {**experts.figures(), "peak_bytes": peak_bytes(model)}
     return rows, scores

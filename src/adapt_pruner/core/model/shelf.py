@@ -140,6 +140,37 @@ class InFile:
         return replace(self, index={**self.index, **composed})
 
 
+@dataclass(frozen=True)
+class Stacked(Stored):
+    """Numbers that lie apart: each entry of the first dimension is one part, or the rows of several.
+
+    Attributes:
+        parts: those of each entry.
+    """
+
+    parts: tuple[tuple[InFile, ...], ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Stored`."""
+        return self.parts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Their shape together."""
+        return (len(self.parts), sum(part.shape[0] for part in self.parts[0]), *self.parts[0][0].shape[1:])
+
+    def read(self) -> Tensor:
+        """See `Stored`."""
+        return torch.stack([torch.cat([part.read() for part in entry]) for entry in self.parts])
+
+    def at(self, index: Mapping[int, Tensor]) -> Stored:
+        """See `Stored`; of single entries nothing else is read."""
+        if index.keys() == {0}:
+            return Stacked(tuple(self.parts[entry] for entry in index[0].tolist()))
+        return InMemory(select(self.read(), index))
+
+
 def select(tensor: Tensor, index: Mapping[int, Tensor]) -> Tensor:
     """The numbers at these indices along these dimensions, contiguous; of a tensor on a shelf, which stays there."""
     if isinstance(tensor, Shelved):
