@@ -556,13 +556,13 @@ def test_a_number_that_no_launcher_gave_silences_nothing(ask: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize("words", [["prune"], ["shrink", "--tokens", "10k"]])
-def test_what_cannot_be_shared_is_refused_to_several_processes(
+def test_several_processes_that_no_launcher_started(
     words: list[str], ask: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Before a model is looked for. Each process would write the same folder."""
+    """Before a model is looked for: nobody said where they meet."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     status, _, err = ask(words[0], tmp_path / "none", "-o", tmp_path / "out", "--params", "80%", *words[1:])
-    said = f"error: {words[0]} works in one process, and 2 were started; start it without torchrun or accelerate, since only"
+    said = "error: WORLD_SIZE says that 2 processes were started, but not where they meet"
     assert (status, err.startswith(said)) == (2, True), err
 
 
@@ -570,13 +570,13 @@ def test_what_cannot_be_shared_is_refused_to_several_processes(
     ("words", "status", "said"),
     [
         (["card", "none"], 2, "error in process 1: none is not a folder; "),
-        (["prune", "none", "-o", "out", "--params", "80%"], 2, ""),
+        (["compare", "none", "-o", "out", "--params", "80%", "--methods", "random", "--text", "none"], 2, ""),
     ],
 )
 def test_an_error_that_one_process_has_is_said_by_it_and_one_of_all_is_not(
     words: list[str], status: int, said: str, ask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None but the second process, on another machine perhaps, may lack the folder; the main process refuses `prune` itself."""
+    """None but the second process, on another machine perhaps, may lack the folder; the main process refuses `compare` itself."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     left, out, err = ask(*words)

@@ -18,9 +18,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from adapt_pruner import families
 from adapt_pruner.core.model import layers as layerwise
 from adapt_pruner.core.model import loss
+from adapt_pruner.core.system import memory
 from adapt_pruner.data import windows
 from adapt_pruner.recipe import read
-from adapt_pruner.run import estimate, forecast, start
+from adapt_pruner.run import estimate, forecast, shrink, start
 from adapt_pruner.run.estimate import PAPER, Setup, operations, process_bytes, pruning_memory, seconds, shapes, training_memory
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.score.calibrate import Evidence, score
@@ -432,7 +433,7 @@ def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
     page = (Path(__file__).parents[1] / "docs" / "qwen-24gb.md").read_text(encoding="utf-8")
     block = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert block is not None
-    asked = yaml.safe_load(block[1]) | {"model": str(CONFIGS / "qwen2.5-0.5b"), "device": "cuda"}
+    asked = yaml.safe_load(block[1]) | {"model": str(CONFIGS / "qwen2.5-7b"), "device": "cuda"}
 
     def gib(**training: Any) -> tuple[float, float]:
         memory = dry_run(read(asked | {"training": asked["training"] | training}))["memory"]
@@ -440,8 +441,44 @@ def test_the_page_about_a_24_gb_card_says_what_its_dry_run_says() -> None:
 
     text = " ".join(page.split())
     training, pruning = gib()
-    assert f"Training holds about {training:.0f} GiB" in text
     assert f"Pruning holds about {pruning:.1f} GiB" in text
-    assert f"({gib(micro_batch_tokens=2 * asked['training']['micro_batch_tokens'])[0]:.1f} GiB)" in text
-    assert f"which needs {gib(gradient_checkpointing=True)[0]:.1f} GiB" in text
+    assert f"Training holds about {training:.1f} GiB" in text
+    assert f"`micro_batch_tokens` it is {gib(micro_batch_tokens=2 * asked['training']['micro_batch_tokens'])[0]:.1f} GiB" in text
+    assert f"it would be {gib(lora=None, optimizer='adamw8bit')[0]:.1f} GiB" in text
+    plain = {"weights": "float32", "lora": None, "gradient_checkpointing": False, "micro_batch_tokens": None}
+    assert f"training would hold {gib(**plain)[0]:.0f} GiB" in text
     assert f"its {dry_run(read(asked))['seconds'] / 60:.0f} minutes are for an H100" in text
+
+
+def test_the_plan_lists_other_places_and_processes() -> None:
+    """8B trained in float32: not on a card of 80 GB, wherever the weights lie while it prunes; on eight it is."""
+    training = {"source": "text", "tokens": "10M", "batch_tokens": 65_536, "length": 1024}
+    keys = {
+        "model": str(CONFIGS / "llama-3.1-8b"), "budget": "80%", "device": "cuda", "training": training,
+        "calibration": {"source": "text", "self_generated": 0},
+    }  # fmt: skip
+    plan = dry_run(read(keys))
+    ways = [(way["offload"], way["processes"], way["fits"]) for way in plan["ways"]]
+    places = [("none", 1, False), ("cpu", 1, False), ("disk", 1, False)]
+    assert ways == [*places, ("disk", 2, False), ("disk", 4, False), ("disk", 8, True)]
+    assert plan["ways"][0]["bytes"] == plan["peak_bytes"]
+    assert plan["ways"][2]["seconds"] > plan["ways"][0]["seconds"], "it reads the weights again and again"
+    assert re.search(r"with these settings, a model of about \d\.\d+ B parameters would fit", plan["too_large"])
+    pruning = dry_run(read({**keys, "training": {}, "device": "cpu"}))
+    assert [way["offload"] for way in pruning["ways"]] == ["none", "cpu", "disk"]
+
+
+def test_shrink_plans_7b_on_24_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the page about a card of 24 GB says; and on 80 GB of another model nothing changes."""
+    keys = {
+        "budget": "80%", "dtype": "bfloat16", "device": "cpu", "calibration.source": "text", "calibration.self_generated": 0,
+        "training.source": "text", "training.tokens": 10**6, "training.length": 256, "training.batch_tokens": 2048,
+    }  # fmt: skip
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 24 * 10**9)
+    lean = shrink._that_fits(read({}, values=keys | {"model": str(CONFIGS / "qwen2.5-7b")}), trust_remote_code=False)
+    assert lean.training.lora is not None
+    assert (lean.training.weights, lean.training.lora.rank) == ("bfloat16", 16)
+    place, trouble = start.placed(lean, again=True)
+    assert (place in ("cpu", "disk"), trouble) == (True, "")
+    small = read({}, values=keys | {"model": str(CONFIGS / "qwen2.5-0.5b")})
+    assert shrink._that_fits(small, trust_remote_code=False) is small

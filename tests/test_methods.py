@@ -52,12 +52,13 @@ def test_every_row_names_its_paper_and_meets_the_budget(
     kind = "experts" if "experts" in row.get("axes", ()) else "neurons"
     folder = moe_folder if kind == "experts" else deep_folder
     zeros = "sparsity" in parts.needs("reduce", row.get("reduce", "units"))
+    grows = row.get("reduce") == "nothing"
+    size = {"sparsity": "2:4"} if zeros else {"grow": {"neurons": 64}} if grows else {"budget": "85%"}
     calibration = {"source": str(text_file), "samples": 4, "length": 32}
     if "self_generated" in row.get("calibration", {}):
         calibration["self_generated"] = 4
     asked = suited({
-        "model": str(folder), **({"sparsity": "2:4"} if zeros else {"budget": "85%"}), "method": name, "dtype": "float32",
-        "calibration": calibration, **SHORTER.get(name, {}),
+        "model": str(folder), **size, "method": name, "dtype": "float32", "calibration": calibration, **SHORTER.get(name, {}),
     })  # fmt: skip
     if "training" in SHORTER.get(name, {}):
         asked = asked.model_copy(update={"training": asked.training.model_copy(update={"source": str(text_file)})})
@@ -67,6 +68,9 @@ def test_every_row_names_its_paper_and_meets_the_budget(
         assert made.weight_mask is not None
         assert made.weight_mask.broken(made.model) == []
         assert figures["params_after"] == figures["params_before"]
+        return
+    if grows:
+        assert figures["params_after"] == figures["params_before"] > count_parameters(load(str(folder)).model)
         return
     costs = {axis.kind: axis.cost for axis in families.axes(load(str(folder)).model)}
     unit = costs[kind if kind in asked.axes else "layers"]

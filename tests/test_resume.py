@@ -38,7 +38,7 @@ from adapt_pruner.report import with_card
 from adapt_pruner.run import folder as runs
 from adapt_pruner.run import results, start
 from adapt_pruner.run.training import Trainer
-from conftest import HANGS, VOCAB, as_dicts, byte_tokenizer, read_json, tiny_model
+from conftest import HANGS, VOCAB, as_dicts, assert_same_model, byte_tokenizer, read_json, tiny_model
 from test_cli import ask
 
 __all__ = ["ask"]  # a fixture
@@ -336,21 +336,30 @@ def one_sentence(said: str) -> str:
 
 
 def test_killed_at_random_moments(whole: tuple[Path, float], live: Lives, place: Path, tmp_path: Path) -> None:
-    """SIGKILL after a time drawn evenly from a whole run's, again and again until the run is through; then another run."""
+    """SIGKILL after a time drawn evenly from a whole run's, again and again until the run is through; then another run.
+
+    In every other run the weights lie on disk while it prunes: it makes the same model, in other checkpoints.
+    """
     reference, seconds = whole
     draw = random.Random(20)
     kills, went_on, run_dirs = 0, 0, 0
-    while kills < 8 or went_on < 3:
+    while kills < 10 or went_on < 4 or run_dirs < 2:
+        offload = ("disk", "none")[run_dirs % 2]
         run, status = tmp_path / f"run-{run_dirs}", -9
         run_dirs += 1
         while status == -9:
             within = seconds * (1 + kills / 16)  # should this machine get slower meanwhile
-            enough = kills >= 8 and went_on >= 3
-            status, said = live("run", place / "main.yaml", "-o", run, seconds=None if enough else draw.uniform(0, within))
+            enough = kills >= 10 and went_on >= 4
+            words = ["run", place / "main.yaml", "-o", run, *(["--set", "offload=disk"] if offload == "disk" else [])]
+            status, said = live(*words, seconds=None if enough else draw.uniform(0, within))
             kills += status == -9
             went_on += "continuing from " in said
         assert status == 0, said
-        assert_same(run, reference)
+        if offload == "none":
+            assert_same(run, reference)
+        else:
+            assert_same_model(run, reference)
+            assert notes(run) == notes(reference)
 
 
 IN_ORDER = [  # where the run stands when it is killed: nowhere,

@@ -20,6 +20,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.shelved import Shelving
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.shelf import InFile, Shelf, Source, fetched, on_shelf
+from adapt_pruner.core.system import memory
 from adapt_pruner.data.windows import MICRO_TOKENS
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
@@ -94,6 +95,35 @@ def test_a_run_goes_on_from_what_changed(tiny_folder: Path, text_file: Path, tmp
     assert number
 
 
+TRAINED: dict[str, dict[str, Any]] = {
+    "adamw": {}, "bfloat16": {"dtype": "bfloat16", "training.weights": "bfloat16", "training.optimizer": "adamw8bit"},
+    "lora": {"dtype": "bfloat16", "training.weights": "bfloat16", "training.lora": {"rank": 2}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("training", "place"), zip(TRAINED, ("cpu", "disk", "disk"), strict=True))
+def test_a_run_trains_in_memory_and_prunes_from_the_shelf(
+    training: str, place: str, tiny_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The weights leave the shelf for each training; a killed run goes on to the same bytes."""
+    keys = {
+        **TRAINED[training], "stages": 2, "training.source": str(text_file), "training.tokens": 256, "training.length": 32,
+        "training.batch_tokens": 64, "training.lr": 1e-2, "checkpoint_minutes": 0, "keep_checkpoints": 99,
+    }  # fmt: skip
+    for where in ("none", place):
+        run(recipe_of(tiny_folder, text_file, "flap", offload=where, **keys), tmp_path / where)
+    assert_same_model(tmp_path / "none", tmp_path / place)
+    checkpoints = sorted((tmp_path / place / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert len(checkpoints) >= 8
+    for number in (1, len(checkpoints) - 2):
+        copied = shutil.copytree(tmp_path / place, tmp_path / str(number))
+        shutil.rmtree(copied / "model")
+        for later in checkpoints[number + 1 :]:
+            shutil.rmtree(copied / "checkpoints" / later.name)
+        run(recipe_of(tiny_folder, text_file, "flap", offload=place, **keys), copied)
+        assert_same_model(tmp_path / place, copied)
+
+
 def test_scratch_is_gone_and_the_source_is_as_it_was(
     tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -136,6 +166,19 @@ def test_rows_that_cannot_say_so(
 ) -> None:
     with pytest.raises(UsageError, match=said):
         pruned(tiny_folder, text_file, tmp_path / "out", method, offload="disk", **keys)
+
+
+def test_a_device_smaller_than_a_layer_is_refused_before_anything_is_read(
+    tiny_folder: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 10**5)
+    monkeypatch.setattr(Source, "read", lambda *_: pytest.fail("it was read"))
+    for place in ("disk", "auto"):
+        with pytest.raises(
+            UsageError, match="GiB of memory to prune, but only 0.0 GiB are free; nothing that makes it smaller fits"
+        ):
+            pruned(tiny_folder, text_file, tmp_path / "out", "adaptive-ls-v1", offload=place)
+    assert not (tmp_path / "out").exists()
 
 
 def broken(folder: Path, change: Callable[[bytes], bytes]) -> None:

@@ -359,6 +359,28 @@ def test_a_model_too_large_to_train_is_refused_before_its_weights_are_read(
     )
 
 
+def test_where_memory_has_no_room_it_plans_weights_on_disk_and_lora(
+    ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for 7B on a card of 24 GB: the run prunes from disk and trains additions to weights in bfloat16."""
+
+    def most_bytes(work: Work, how: Any, *, scale: float = 1.0) -> int:
+        return 10**9 if (how.offload == "disk" and how.lora) or scale < 0.2 else 10**12
+
+    for module in (plan, probe, shrinking):
+        monkeypatch.setattr(module, "most_bytes", most_bytes)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: 10**10)
+    command = shrink(tiny_folder, text, tmp_path / "small", "--dtype", "bfloat16")
+    status, _, lines = ask(*command)
+    assert status == 0, lines
+    assert "adaptive-ls-v1, from disk, about" in lines
+    assert "; additions of rank 16 to weights in bfloat16, since memory has no room for more" in lines
+    recipe = read(str(tmp_path / "small" / "recipe.yaml"))
+    assert (recipe.offload, recipe.training.weights, recipe.training.lora.rank) == ("disk", "bfloat16", 16)
+    figures = read_json(tmp_path / "small" / "model" / "pruning.json")
+    assert figures["figures"]["weights_read"] > 3
+
+
 def test_the_command_that_fits_is_named_and_fits(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -380,6 +402,7 @@ def test_the_command_that_fits_is_named_and_fits(
     assert (status, "GiB of memory to train, but only" in lines, words in lines) == (2, True, True)
     status, said, lines = ask("run", trained, "--dry-run")
     assert (status, f"it does not fit: {tiny_folder} needs" in said) == (0, True)
+    assert re.search(r"in memory +1 +\d\.\d\d GiB .* no\n", said), said
     command = ("compare", tiny_folder, "-o", tmp_path / "compared", "--params", "70%", "--text", text)
     status, _, lines = ask(*command, "--methods", "adapt-pruner", "--calibration", text)
     assert (status, "adapt-pruner: " in lines, "GiB of memory to prune, but only" in lines) == (2, True, True), lines
@@ -410,14 +433,15 @@ def test_memory_is_that_of_training_the_pruned_model(
         "training": training,
         "calibration": {"source": str(text)},
         "evaluation": {"source": str(text)},
+        "dtype": "float32",
     }
     needed = [plan.most_bytes(*start.on_paper(read(keys | {"budget": share}), here=True)) for share in ("70%", "100%")]
     assert needed[0] < needed[1]
     monkeypatch.setattr(memory, "usable_bytes", lambda: needed[0])
-    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run", "--dtype", "float32"))
     assert status == 0, lines
     monkeypatch.setattr(memory, "usable_bytes", lambda: needed[0] - 10**5)
-    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run"))
+    status, _, lines = ask(*shrink(tiny_folder, text, tmp_path / "small", "--dry-run", "--dtype", "float32"))
     assert (status, "GiB of memory to train" in lines) == (2, True)
 
 
@@ -425,7 +449,7 @@ def test_a_model_that_hardly_fits_is_probed_as_it_will_train(
     ask: Any, tiny_folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (plan, probe, shrinking):
-        monkeypatch.setattr(module, "most_bytes", lambda _, how: 10**9 if how.checkpointing else 3 * 10**9)
+        monkeypatch.setattr(module, "most_bytes", lambda _, how, **__: 10**9 if how.checkpointing else 3 * 10**9)
     monkeypatch.setattr(memory, "usable_bytes", lambda: 2 * 10**9)
     again, kernels = list[bool](), probe.kernels
     monkeypatch.setattr(

@@ -469,11 +469,14 @@ class Work:
         return len(self.state.history) + 1
 
     def train_new_parameters(self) -> None:
-        """Add the parameters that a repair has made, which are biases, to the optimiser, in place, without weight decay."""
+        """Add the parameters that a repair has made, which are biases, to the optimiser, in place, without weight decay.
+
+        They stand in the order of the model, as in a run that goes on: the order decides how weights in bfloat16 are rounded.
+        """
         if self.optimizer is not None:
-            trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
-            new = [parameter for parameter in self.model.parameters() if id(parameter) not in trained]
-            self.optimizer.param_groups[-1]["params"] += new
+            *others, last = self.optimizer.param_groups
+            elsewhere = {id(parameter) for group in others for parameter in group["params"]}
+            last["params"] = [parameter for parameter in self.model.parameters() if id(parameter) not in elsewhere]
 
     def span(self, share: float, *, first: int, steps: int | None = None) -> TrainingSpan:
         """This share, at least one row, of the rows that the stage trains on from row `first` of the feed on.

@@ -173,7 +173,6 @@ def save(
     dtype: torch.dtype,
     weights: Mapping[str, torch.Tensor] | None = None,
     weight_mask: WeightMask | None = None,
-    changed: bool = False,
     write_more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write model, tokenizer, mask and history to `path`; the model is left as found.
@@ -185,19 +184,18 @@ def save(
         mask: against the dense model.
         pruning: how the model was made; plain data.
         dtype: precision of the saved weights.
-        weights: by name, if they are not in the model (because it is sharded or has adapters).
+        weights: by name, if they are not in the model (because it is sharded or has adapters), or not all are to be written.
         weight_mask: which single weights stay, if others are zero.
-        changed: of a model on a shelf, write only what is not as in its own files.
         write_more: called at the end to write more files into the folder.
 
     Raises:
         RunError: a weight is not finite, or the folder could not be written; nothing is left under `path`.
     """
     config = _config(model, dtype, as_it_says=weights is not None)
-    shelved = weights is None and is_shelved(model)
-    state: dict[str, torch.Tensor] = (
-        tensors_of(model, changed=changed) if shelved else dict(model.state_dict() if weights is None else weights)
-    )
+    shelved = is_shelved(model)
+    if weights is None:
+        weights = tensors_of(model) if shelved else model.state_dict()
+    state: dict[str, torch.Tensor] = dict(weights)
     if not shelved:
         check_finite(Path(path), state, dtype=dtype)
     check_fits(Path(path), state, dtype=dtype)

@@ -30,6 +30,8 @@ _LARGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 
 
 Offload = Literal["none", "cpu", "disk"]
+PLACES: tuple[Offload, ...] = ("none", "cpu", "disk")
+"""Where weights may lie while no pass needs them, the fastest first."""
 
 
 @dataclass(frozen=True)

@@ -61,11 +61,11 @@ def save_state(
     Raises:
         RunError: the checkpoint could not be written; nothing is left under `path`.
     """
+    if is_shelved(loaded.model):
+        weights = tensors_of(loaded.model, changed=True)
     base = {inner: tensor for name, tensor in weights.items() if (inner := base_name(name)) is not None}
     additions = {name: tensor for name, tensor in weights.items() if base_name(name) is None}
-
-    shelved = is_shelved(loaded.model)
-    check_fits(path, tensors_of(loaded.model, changed=True) if shelved else base, moments, additions, dtype=torch.float32)
+    check_fits(path, base, moments, additions, dtype=torch.float32)
 
     def write_more(folder: Path) -> None:
         for name, tensors in ((filenames.MOMENTS, moments), (filenames.ADAPTERS, additions)):
@@ -77,8 +77,7 @@ def save_state(
 
     save(
         loaded.model, loaded.tokenizer, path,
-        mask=mask, pruning=pruning, dtype=torch.float32, weights=None if shelved else base, weight_mask=weight_mask, changed=shelved,
-        write_more=write_more,
+        mask=mask, pruning=pruning, dtype=torch.float32, weights=base, weight_mask=weight_mask, write_more=write_more,
     )  # fmt: skip
 
 

@@ -59,7 +59,12 @@ def prune(
 
         adapt-pruner prune ./llama -o small --params 80% --calibration 'corpus/*.jsonl.gz' --method adapt-pruner
     """
-    result = unwrap(pruning.prune)(model, output, text=text, progress=True, **options)
+    from adapt_pruner.core.system import world
+
+    with world.joined(lost=_end):
+        result = unwrap(pruning.prune)(model, output, text=text, progress=True, **options)
+    if not world.is_main():
+        return
     figures, dense = result.figures, result.recipe.model
     if as_json:
         print(to_json(figures | {"path": str(output)}))
@@ -149,15 +154,22 @@ def shrink(
 
         adapt-pruner shrink ./llama --params 70% --text corpus.jsonl.gz --hours 8 -o small
     """
-    if dry_run:
-        with pruning.in_time(place=output, progress=True, **options) as (recipe, _):
-            print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
-        return
+    from adapt_pruner.core.system import world
+
     try:
-        result = unwrap(pruning.shrink)(output=output, progress=True, **options)
+        with world.joined(lost=_end):
+            if dry_run:
+                with pruning.in_time(place=output, progress=True, **options) as (recipe, _):
+                    if world.is_main():
+                        print(to_json(recipe.model_dump(mode="json")) if as_json else recipe.to_yaml().rstrip())
+                return
+            result = unwrap(pruning.shrink)(output=output, progress=True, **options)
     except KeyboardInterrupt:
-        _say_what_there_is(output)
+        if world.is_main():
+            _say_what_there_is(output)
         raise
+    if not world.is_main():
+        return
     figures, recipe, model = result.figures, result.recipe, output / filenames.RESULT
     if as_json:
         print(to_json(figures | {"path": str(model)}))
@@ -283,6 +295,9 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+_PLACES = {"none": "in memory", "cpu": "in memory, as stored", "disk": "on disk"}
+
+
 def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe: bool, trust_remote_code: bool) -> None:
     """Print the plan of a run."""
     from adapt_pruner.report.screen import screen
@@ -308,10 +323,16 @@ def _plan(recipe: "Recipe", output: Path | None, *, as_json: bool, force_recipe:
         phases.append([phase, f"{needed['bytes'] / 2**30:.2f} GiB", ", ".join(shares)])
     print()
     print_table(["memory while", "at most", "of which"], phases)
+    ways = [
+        [_PLACES[way["offload"]], str(way["processes"]), f"{way['bytes'] / 2**30:.2f} GiB", span(way["seconds"]), "yes" if way["fits"] else "no"]
+        for way in plan["ways"]
+    ]  # fmt: skip
+    print()
+    print_table(["weights, while no pass needs them", "processes", "memory of each", "time", "fits"], ways)
     if plan["offload"] == "disk":
-        print(f"weights stay on disk while no pass needs them (offload); it is assumed to give {DISK / 1e9:g} GB a second")
+        print(f"weights stay on disk (offload=disk), which is assumed to give {DISK / 1e9:g} GB a second")
     elif plan["offload"] == "cpu":
-        print("weights stay in memory as stored while no pass needs them (offload)")
+        print("weights stay in memory as stored (offload=cpu)")
     many = f" on {plan['processes']} processes ({plan['parallel']})" if plan["processes"] > 1 else ""
     seconds, limit = plan["seconds"], 60 * (plan["minutes"] or math.inf)
     ends = f" (`minutes` ends training then; all tokens would take {span(seconds)})" if seconds > limit else ""

@@ -76,7 +76,7 @@ def compare(request: Request, out: Path, *, listen: Listener = lambda event: Non
         UsageError: the request cannot be met as it stands; no cell has been run.
         RunError: the dense model cannot be measured, or something cannot be written.
     """
-    world.check_alone("compare")
+    world.check_alone("compare", "it times each method in a process of its own")
     check_place(out, inside=True)
     if not is_marked(out, _KIND):
         check_empty(out)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Axis, Mask, of_tower, towers_of
@@ -41,12 +41,16 @@ def expert_use(model: nn.Module, tokenizer: Any, text: str) -> dict[int, list[fl
     Raises:
         UsageError: the model has no experts, or the text does not exist or is too short.
     """
-    routed = [axis for axis in families.declared(model) if axis.per_token]
-    if not routed:
+    if not any(axis.per_token for axis in families.declared(model)):
         raise UsageError("the model has no experts whose use could be counted; leave --text out")
-    windows = held_out_windows(tokenizer, source=text, window=_WINDOW, max_windows=_WINDOWS)
-    shares, _ = score(model, families.declared(model), windows, metrics=[usage])
-    return {axis.layer: shares[used(axis)].tolist() for axis in routed if axis.layer is not None}
+    return use_on(model, held_out_windows(tokenizer, source=text, window=_WINDOW, max_windows=_WINDOWS))
+
+
+def use_on(model: nn.Module, windows: Sequence[Tensor], *, dtype: str = "auto") -> dict[int, list[float]]:
+    """For each layer with experts, the share of the tokens of these windows that its router sends to each of them."""
+    axes = [axis for axis in families.declared(model) if axis.per_token]
+    shares = score(model, families.declared(model), windows, metrics=[usage], dtype=dtype)[0] if axes else {}
+    return {axis.layer: shares[used(axis)].tolist() for axis in axes if axis.layer is not None}
 
 
 def anatomy(model: nn.Module, *, mask: Mask | None = None, dense_params: int | None = None) -> dict[str, Any]:

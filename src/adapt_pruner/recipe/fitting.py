@@ -74,6 +74,12 @@ def check_fitting(recipe: "Recipe") -> None:
             "calibration.ids are token ids of the vocabulary before it is pruned; name a text, or prune the vocabulary "
             "first in a separate run"
         )
+    if recipe.grow is not None and recipe.init == "random":
+        raise ValueError(
+            "init random draws the weights anew, and grow copies weights; grow a model first, then begin with its shape"
+        )
+    if recipe.grow is not None and recipe.offload in ("cpu", "disk"):
+        raise ValueError(f"grow makes new weights in memory, so offload {recipe.offload!r} cannot work; set offload to none")
     if recipe.minutes is not None:
         _check_minutes(recipe)
 

@@ -23,7 +23,7 @@ from adapt_pruner.errors import UsageError, nearest, settings
 from adapt_pruner.recipe import parts
 from adapt_pruner.recipe.fitting import check_fitting, sentence, unread
 from adapt_pruner.recipe.overrides import keys_of, refuse_lost
-from adapt_pruner.recipe.tables import Calibration, Evaluation, Frozen, Training, Vocabulary, part_of
+from adapt_pruner.recipe.tables import Calibration, Evaluation, Frozen, Grow, Training, Vocabulary, part_of
 
 __all__ = [
     "ALIASES",
@@ -39,6 +39,7 @@ __all__ = [
 ALIASES = {"best": "adaptive-ls-v1"}
 """Alias -> the method that it stands for in this version; the alias stays when the method changes."""
 _METHOD = ALIASES["best"]  # of a recipe that names none
+_GROWTH = "cpm-2"  # of a recipe that grows a model and names neither a method nor a size
 _OF_THE_MACHINE = (
     "device",
     "offload",
@@ -53,10 +54,10 @@ _OF_THE_MACHINE = (
 PAPERS = Path(__file__).parent / "methods" / "papers.bib"
 """BibTeX of the papers that the methods come from."""
 _TEXTS = {"training.source", "evaluation.source", "evaluation.tasks", "calibration.ids"}
-_DECIDING = {*parts.FOLDERS, *_TEXTS, "method", "axes", "latency"}  # keys that decide which others are read
+_DECIDING = {*parts.FOLDERS, *_TEXTS, "method", "axes", "latency", "grow"}  # keys that decide which others are read
 _ROW, _SHARED = "row", "shared"  # contexts of validation: of a bare method, and of settings that several recipes share
 _WIDEST = 2**20  # neurons
-_TABLES = ("vocabulary", "calibration", "training", "training.lora", "evaluation")
+_TABLES = ("grow", "vocabulary", "calibration", "training", "training.lora", "evaluation")
 
 
 def check_precision(name: Any) -> str:
@@ -115,6 +116,10 @@ class Recipe(Frozen):
     )
     axes: tuple[Prunable, ...] = Field(
         USUAL, min_length=1, description=f"kinds of units that may be removed: {', '.join(get_args(Prunable))}"
+    )
+    grow: Grow | None = Field(
+        None,
+        description="what the model gains first, by copying: {experts: 4}, or vocabulary, residual, neurons, kv_heads, layers; null for nothing",
     )
     vocabulary: Vocabulary | None = Field(
         None, description="tokens to keep: {source: SPEC, keep: 16384}, or min_uses instead of keep; null keeps all"
@@ -193,7 +198,8 @@ class Recipe(Frozen):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        name = data.get("method", _METHOD)
+        only_grows = data.get("grow") and not any(data.get(size) for size in ("budget", "latency", "sparsity"))
+        name = data.get("method", _GROWTH if only_grows else _METHOD)
         name = data["method"] = ALIASES.get(name, name) if isinstance(name, str) else name
         if name not in list(methods()):
             raise ValueError(f"method {name!r} is not known; {nearest(str(name), [*methods(), *ALIASES])}")

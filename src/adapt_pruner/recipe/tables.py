@@ -10,7 +10,7 @@ from adapt_pruner.core.model.shards import Shards, checked_shards
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.recipe import parts
 
-__all__ = ["Calibration", "Evaluation", "Lora", "Source", "Training", "Vocabulary"]
+__all__ = ["Calibration", "Evaluation", "Grow", "Lora", "Source", "Training", "Vocabulary"]
 
 
 def _checked_source(source: Any) -> Any:
@@ -57,6 +57,30 @@ class Vocabulary(Frozen):
                 "vocabulary needs either keep or min_uses; set one of them: how many tokens stay, or how often a token must be "
                 "used"
             )
+        return self
+
+
+class Grow(Frozen):
+    """What a model gains by copying its own weights, before anything else is done; sizes are those afterwards."""
+
+    vocabulary: str | None = Field(None, description="folder of the model's tokenizer with tokens added at its end")
+    residual: Count | None = Field(None, ge=1, description="channels of the stream, a whole multiple of those of the model")
+    neurons: Count | None = Field(None, ge=1, description="neurons of each layer")
+    kv_heads: Count | None = Field(None, ge=1, description="KV heads of each layer, each with its query heads")
+    layers: Count | None = Field(None, ge=1, description="layers; copies are stacked on top")
+    experts: Count | None = Field(None, ge=2, description="experts in the place of each MLP")
+    experts_per_token: Count = Field(2, ge=1, description="experts that a token goes through")
+
+    @model_validator(mode="after")
+    def _together(self) -> "Grow":
+        if not any(self.model_dump(exclude={"experts_per_token"}).values()):
+            raise ValueError("grow names nothing that grows; set one of its keys, for example grow.experts to 4")
+        if self.experts is None and self.experts_per_token != 2:
+            raise ValueError(
+                f"grow.experts_per_token {self.experts_per_token} would be ignored without experts; set grow.experts"
+            )
+        if self.experts is not None and self.experts_per_token > self.experts:
+            raise ValueError(f"grow.experts_per_token {self.experts_per_token} is above grow.experts {self.experts}; lower it")
         return self
 
 

@@ -162,14 +162,15 @@ def card(config: Mapping[str, Any], pruning: Mapping[str, Any], *, exported: tup
     base, anew = said_of_base(pruning.get("base") or {"name": Path(recipe["model"]).name}), recipe.get("init") == "random"
     row, pruned, trained = _row(recipe["method"]), figures["params_after"] < dense, figures.get("trained_tokens")
     zeros = recipe.get("sparsity") or figures.get("sparsity_after")
-    size = f" pruned to {millions(figures['params_after'])}" if pruned or not (zeros or anew) else ""
+    changed = "pruned" if not figures.get("grown_from") else "grown and pruned" if pruned else "grown"
+    size = f" {changed} to {millions(figures['params_after'])}" if pruned or not (zeros or anew) else ""
     title = f"{base['name'].rpartition('/')[2]}{' from random weights' if anew else ''}{size}{f' with {zeros} zeros' if zeros else ''}"
-    begun, after = _begun(recipe, figures, dense), "pruned and trained" if trained else "pruned"
+    begun, after = _begun(recipe, figures, dense), f"{changed} and trained" if trained else changed
     command = _command(recipe)
     library = "transformers" if exported is None else getattr(form_of(exported[0]), "LIBRARY", "transformers")
     text = _template().render(
         front=_front_matter(pruning, base, title, library=library, towers=bool(towers_of(config))).to_yaml(),
-        title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros,
+        title=title, config=config, pruning=pruning, recipe=recipe, figures=figures, base=base, dense=dense, anew=anew, pruned=pruned, zeros=zeros, changed=changed,
         named=f"[{base['hub']}](https://huggingface.co/{base['hub']})" if base["hub"] else _code(base["name"]),
         trained=f"trained on {trained:,} tokens" if trained else "not trained afterwards",
         method=_method(recipe, row), paper=_ARXIV.sub(r"[arXiv:\1](https://arxiv.org/abs/\1)", row.get("paper", "not known")),

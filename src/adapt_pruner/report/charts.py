@@ -322,9 +322,14 @@ def cut_lines(figures: Figures) -> list[Histogram]:
 
 
 def usage(figures: Figures) -> HeatMap | None:
-    """How often each expert of each layer was used before the first cut, the busiest first; None for a model without experts."""
+    """How often each expert of each layer was used, the busiest first, before the first cut or else at the end; None without experts."""
     used = next((cut.used for cut in figures.cuts if cut.used), None)
+    text, when = "calibration", "before the first cut"
     if used is None:
+        measured = next((event.used for event in reversed(figures.evaluations) if event.used), {})
+        used = {int(layer): shares for layer, shares in measured.items()}
+        text, when = "held-out", "at the end"
+    if not used:
         return None
     ordered = {layer: sorted(shares, reverse=True) for layer, shares in sorted(used.items())}
     number = max(map(len, ordered.values()))
@@ -335,7 +340,7 @@ def usage(figures: Figures) -> HeatMap | None:
     most, least = max(shares[0] for shares in ordered.values()), min(shares[-1] for shares in ordered.values())
     return HeatMap(
         "usage", "How often each expert was used",
-        f"Share of the calibration tokens that the router of a layer sent to an expert, busiest first, before the first cut: from {least:.1%} to {most:.1%}.",
+        f"Share of the {text} tokens that the router of a layer sent to an expert, busiest first, {when}: from {least:.1%} to {most:.1%}.",
         list(map(str, ordered)), [f"expert {rank + 1} by use" for rank in ranks], values, "share", "never", f"{most:.0%} of tokens", row_is="expert",
     )  # fmt: skip
 

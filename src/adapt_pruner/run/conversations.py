@@ -20,6 +20,7 @@ from adapt_pruner.data.store import Store
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.chat import FEW, LONGEST, MANY
 from adapt_pruner.evaluate.tasks import fingerprint
+from adapt_pruner.grow import grown
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.work import Work
 
@@ -106,7 +107,8 @@ def dense_again(work: Work, lost: str) -> Any:
         raise UsageError(
             f"{lost} and cannot be written again, since the vocabulary of the model has been cut; start again in another folder"
         )
-    return load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code, any_task=True).model
+    loaded = load(work.recipe.model, device=work.model.device, trust_remote_code=work.trust_remote_code, any_task=True)
+    return grown(loaded, work.recipe.grow, seed=work.recipe.seed).model
 
 
 def dense_fingerprint(work: Work) -> str:
@@ -177,7 +179,12 @@ def writing_planned(work: Work, *, text: str | None, seconds: float | None, text
         texts: how many texts the user asks for; None for as many as are sensible.
     """
     chats = bool(getattr(work.tokenizer, "chat_template", None))
-    if not work.model.can_generate() or work.weight_mask is not None or not (chats or text is None):
+    if (
+        work.loaded.offload != "none"
+        or not work.model.can_generate()
+        or work.weight_mask is not None
+        or not (chats or text is None)
+    ):
         return Writing(SELF, 0)
     speed = _writing_speed(work)
     base, each = (_base(text), _CONVERSATION) if chats else (SELF, work.recipe.training.length)

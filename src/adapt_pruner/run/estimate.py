@@ -69,6 +69,16 @@ class Shapes:
         """Whether input and output embedding share their weights."""
         return self.params - self.decoder < 2 * self.head
 
+    def scaled(self, share: float) -> "Shapes":
+        """Shapes of these proportions with this share of the decoder's parameters: depth and width by its cube root; V stays."""
+        if share == 1:
+            return self
+        side = share ** (1 / 3)
+        powers = {"layers": 1, "width": 1, "widest": 1, "largest": 2, "queries": 2, "keys": 2, "neurons": 2, "decoder": 3}
+        sizes = {key: max(1, round(getattr(self, key) * side**power)) for key, power in powers.items()}
+        outside = (self.params - self.decoder) * sizes["width"] // self.width
+        return replace(self, params=sizes["decoder"] + outside, **sizes)
+
     def cut_to(self, params: int) -> "Shapes":
         """These shapes with every layer pruned alike until `params` parameters are left."""
         share = (self.decoder - (self.params - params)) / self.decoder

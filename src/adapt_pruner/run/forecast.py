@@ -3,11 +3,15 @@
 The time is that of the phases of `run.plan`. So it covers what a run shows as it works.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+from adapt_pruner import recipe as recipes
 from adapt_pruner.checkpoint.load import has_weights, pick_device
+from adapt_pruner.checkpoint.shelved import PLACES
 from adapt_pruner.core.events import Listener, Progress
+from adapt_pruner.core.events.run import Planned
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import num_active, num_left
 from adapt_pruner.core.system.memory import free_bytes
@@ -15,7 +19,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.units import mask_to, prunable, sizes_alike
 from adapt_pruner.run.estimate import PAPER, Setup, Speed, process_bytes, shapes
-from adapt_pruner.run.plan import memory, phases, seconds, setup_of, too_large
+from adapt_pruner.run.plan import memory, most_bytes, needs_whole_model, phases, seconds, setup_of, too_large
 from adapt_pruner.run.probe import scoring_speed
 from adapt_pruner.run.start import begin, on_paper, placed, prepare
 from adapt_pruner.work import Work
@@ -82,7 +86,31 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
         "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in held.items()},
         "peak_bytes": max(peaks.values()),
         "too_large": too_large(work, how, free=free) or None,
+        "ways": [_way(work, way, speed, planned, free=free) for way in _ways(work, how)],
     }
+
+
+def _ways(work: Work, how: Setup) -> Iterator[Setup]:
+    """Where the weights may lie, on one process; and if the run trains on GPUs, several with a share of them each."""
+    for place in PLACES[:1] if needs_whole_model(work) else PLACES:
+        how = replace(how, offload=place, processes=1)
+        yield how
+    if how.device == "cpu":
+        return
+    try:
+        recipes.read(work.recipe.model_dump(mode="json", exclude_unset=True), values={"parallel": "fsdp"})
+    except UsageError:  # it does not train, or in a way that cannot be spread
+        return
+    for processes in (2, 4, 8):
+        yield replace(how, processes=processes, parallel="fsdp")
+
+
+def _way(work: Work, how: Setup, speed: Speed, planned: Planned, *, free: int | None) -> dict[str, Any]:
+    num_bytes = most_bytes(work, how)
+    return {
+        "offload": how.offload, "processes": how.processes, "bytes": num_bytes, "seconds": sum(seconds(work, how, speed, planned).values()),
+        "fits": free is None or num_bytes <= free,
+    }  # fmt: skip
 
 
 def _active(work: Work) -> dict[str, int | None]:

@@ -41,21 +41,21 @@ def prune(
     `write_more` writes more files into the folder before the folder gets its final name.
 
     Raises:
-        UsageError: the budget or a text does not fit the model, `out` is not empty, or several processes were started.
+        UsageError: the budget or a text does not fit the model, or `out` is not empty.
         RunError: a loss is not finite, or the result cannot be written.
     """
     started, out = time.perf_counter(), Path(out)
-    world.check_alone("prune")
-    check_target(out)
-    work = begin(recipe.ready(), listen, trust_remote_code=trust_remote_code, scratch=out.absolute().parent)
+    world.on_main(lambda: check_target(out))
+    tell = listen if world.is_main() else (lambda event: None)
+    work = begin(recipe.ready(), tell, trust_remote_code=trust_remote_code, scratch=out.absolute().parent)
     work.started = started
     prepare(work)
-    check_result(work, out)
+    world.on_main(lambda: check_result(work, out))
     trainer = Trainer(work)
     tell_start(work, training_tokens=trainer.expected_tokens)
     with work.state.clock("other"):
         outcome = run_stages(work, trainer)
-    results.write(work, out, write_more=write_more)
+    world.on_main(lambda: results.write(work, out, write_more=write_more))
     work.tell(Saved(path=str(out), **outcome.figures))
     return outcome
 

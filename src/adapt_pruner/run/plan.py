@@ -15,15 +15,16 @@ from typing import Any
 import torch
 
 from adapt_pruner.checkpoint.save import SHARD_BYTES
-from adapt_pruner.checkpoint.shelved import Offload
+from adapt_pruner.checkpoint.shelved import PLACES, Offload
 from adapt_pruner.core.events import phase_of
 from adapt_pruner.core.events.run import Item, Planned
-from adapt_pruner.core.events.words import typed
+from adapt_pruner.core.events.words import millions, typed
 from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shelf import SCRATCH
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
+from adapt_pruner.core.system.memory import processes_here
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
@@ -50,6 +51,8 @@ from adapt_pruner.work import Stage, Work
 _GIB = 2**30
 _READS = {"score": 2, "blocks": 2, "heads": 2, "repair": 4, "evaluate": 1}
 """Phase -> how often it reads all weights, with weights on disk."""
+LORA_RANK = 16
+"""Of the additions that are trained where memory has no room for more."""
 _FLOAT = 4  # bytes of a number in a checkpoint
 
 
@@ -79,17 +82,18 @@ def setup_of(
 def needs_whole_model(work: Work) -> str:
     """Why a run needs all weights in memory as float32, in words that begin a sentence; empty if one layer after the other is enough."""
     recipe = work.recipe
-    metrics = () if recipe.training.tokens or not work.reduction.goes_by_layer else metrics_of(work, seed=0)
+    metrics = () if not work.reduction.goes_by_layer else metrics_of(work, seed=0)
     needs = {evidence_of(work, [metric]) for metric in metrics}
     reasons = {
-        "training": bool(recipe.training.tokens),
         f"reduce {recipe.reduce!r}": not work.reduction.goes_by_layer,
         "a latency budget": bool(recipe.latency),
+        f"objective {recipe.training.objective!r}": bool(recipe.training.tokens) and recipe.training.needs_teacher,
         "init=random": recipe.init == "random",
         "a smaller vocabulary": recipe.vocabulary is not None,
         f"metric {recipe.metric!r}": bool(needs & {Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS})
         or by_passes(work, "metric") is not None,
         "a model with a weight mask": work.weight_mask is not None,
+        "text that the model writes to train on": bool(specs_to_write(recipe)),
         "its self-written text (name another text, and set calibration.self_generated=0)": work.reads_text
         and (writes_text(recipe) or (recipe.repair is not None and recipe.calibration.self_generated > 0)),
     }
@@ -100,10 +104,9 @@ def offload_of(work: Work, how: Setup, *, free: int | None) -> Offload:
     """Where the weights of a run lie while no pass needs them: as its recipe says; with `auto`, the first place that fits, or memory."""
     if work.recipe.offload != "auto":
         return work.recipe.offload
-    if free is None or most_bytes(work, how) <= free or needs_whole_model(work):
+    if free is None or needs_whole_model(work):
         return "none"
-    places: tuple[Offload, ...] = ("cpu", "disk")
-    return next((place for place in places if most_bytes(work, replace(how, offload=place)) <= free), "none")
+    return next((place for place in PLACES if most_bytes(work, replace(how, offload=place)) <= free), "none")
 
 
 def writes_text(recipe: Recipe) -> bool:
@@ -215,14 +218,15 @@ def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tupl
     return by_phase
 
 
-def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
+def memory(work: Work, how: Setup, *, scale: float = 1.0) -> dict[str, dict[str, int]]:
     """Phase -> what of it holds memory -> bytes of one process at its peak, by the formulas of `estimate`.
 
     Args:
         work: the run, with its stages; the model may lie on the meta device.
         how: how it trains, and where.
+        scale: of a model of the same proportions with this share of the decoder's parameters.
     """
-    recipe, dense, use = work.recipe, shapes(work.model), work.reduction.text_use(work)
+    recipe, dense, use = work.recipe, shapes(work.model).scaled(scale), work.reduction.text_use(work)
     calibration = recipe.calibration
     moments = bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     scoring = partial(
@@ -244,13 +248,25 @@ def memory(work: Work, how: Setup) -> dict[str, dict[str, int]]:
     peaks = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)
-        peaks["training"] = training_memory(dense if while_cutting else dense.cut_to(work.stages[0].params), how)
+        peaks["training"] = training_memory(
+            dense if while_cutting else dense.cut_to(round(dense.params * work.stages[0].params / work.num_params)), how
+        )
     return peaks
 
 
-def most_bytes(work: Work, how: Setup) -> int:
-    """Bytes that a process of the run occupies at its peak."""
-    return max(process_bytes(parts, how.device) for parts in memory(work, how).values())
+def most_bytes(work: Work, how: Setup, *, scale: float = 1.0) -> int:
+    """Bytes that a process of the run occupies at its peak; see `memory`."""
+    return max(process_bytes(parts, how.device) for parts in memory(work, how, scale=scale).values())
+
+
+def largest(work: Work, how: Setup, *, free: int) -> int:
+    """Parameters of the largest model of the same proportions for which the run fits, to two digits; 0 if none does."""
+    least, most = 0.0, 1.0
+    for _ in range(20):
+        scale = (least + most) / 2
+        least, most = (scale, most) if most_bytes(work, how, scale=scale) <= free else (least, scale)
+    params = shapes(work.model).scaled(least).params if least else 0
+    return round(params, 1 - int(math.log10(params))) if params else 0
 
 
 def check_memory(work: Work, how: Setup, *, free: int | None) -> None:
@@ -271,17 +287,37 @@ def too_large(work: Work, how: Setup, *, free: int | None) -> str:
     ways: Iterable[tuple[str, int]] = ways_to_prune(work.model, work.recipe, how)
     ways = itertools.chain(_ways_to_train(work, how), ways) if trains else ways
     instead = next((f"this fits here, in {size / _GIB:.1f} GiB: {words}" for words, size in ways if size <= free), "")
+    fits = (
+        f"; with these settings, a model of about {millions(params)} parameters would fit"
+        if (params := largest(work, how, free=free))
+        else ""
+    )
     return (
         f"{work.recipe.model} needs {needed / _GIB:.1f} GiB of memory to {'train' if trains else 'prune'}, but only {free / _GIB:.1f} GiB are free; "
-        + (instead or f"nothing that makes it smaller fits here: take a machine with {math.ceil(needed / _GIB)} GiB")
+        + (instead or f"nothing that makes it smaller fits here: take a machine with {math.ceil(needed / _GIB)} GiB") + fits
     )  # fmt: skip
 
 
 def _ways_to_train(work: Work, how: Setup) -> Iterator[tuple[str, int]]:
-    """Settings with which the same training takes less memory, with the bytes that it then needs."""
-    again, small = {"training.gradient_checkpointing": True}, {"training.micro_batch_tokens": how.length}
-    yield settings(again), most_bytes(work, replace(how, checkpointing=True))
-    yield settings(again | small), most_bytes(work, replace(how, checkpointing=True, micro_tokens=how.length))
+    """Settings with which the same run takes less memory, one more at a time, with the bytes that it then needs."""
+    changed: dict[str, Any] = {}
+    if work.recipe.offload != "none" and not needs_whole_model(work):
+        how = replace(how, offload="disk")  # as `auto` chooses by itself
+    for keys, lean in lean_training(how):
+        changed, how = changed | keys, replace(how, **lean)
+        yield settings({key: value for key, value in changed.items() if value is not None}), most_bytes(work, how)
+
+
+def lean_training(how: Setup) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Keys of a recipe that let a training take less memory, the cheapest first, and the same as fields of a `Setup`.
+
+    Each comes on top of those before. None stands for the default.
+    """
+    yield {"training.gradient_checkpointing": True}, {"checkpointing": True}
+    yield {"training.micro_batch_tokens": how.length}, {"micro_tokens": how.length}
+    if how.narrow:
+        yield {"training.weights": "bfloat16", "training.optimizer": "adamw8bit"}, {"stored": 2, "bits": 8}
+        yield {"training.optimizer": None, "training.lora.rank": LORA_RANK}, {"bits": 32, "lora": LORA_RANK}
 
 
 def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str, int]]:
@@ -313,10 +349,12 @@ def check_scratch(work: Work, scratch: Path) -> None:
     recipe, model = work.recipe, work.model
     gates = {axis.gate.module for axis in work.axes if axis.gate.is_linear}
     changed = sum(model.get_parameter(f"{name}.weight").numel() for name in gates) if recipe.repair is not None else 0
+    if recipe.training.tokens:
+        changed = max(changed, work.num_params)
     hidden = len(decoder_layers(model, work.axes)) * recipe.calibration.samples * recipe.calibration.length * shapes(model).width
     if not scratch.is_dir():
         raise UsageError(f"{scratch} is no folder, and changed weights would go there; make it, or name another in {SCRATCH}")
-    if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed + hidden)):
+    if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed * processes_here() + hidden)):
         raise UsageError(
             f"{scratch} has {free / _GIB:.1f} GiB left, and pruning writes up to {needed / _GIB:.1f} GiB of changed weights and hidden states there; "
             f"make room, or name a folder on another disk in {SCRATCH}"

@@ -71,22 +71,26 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     check_memory(work, how, free=free)
     listen(Probe())
     dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains
-    fits = free is None or most_bytes(dense, how) <= free
+    whole = work.loaded.offload == "none" and how.stored == 4 and not how.lora  # as the probe trains
+    fits = whole and (free is None or most_bytes(dense, how) <= free)
     how = replace(how, checkpointing=free is not None and most_bytes(dense, replace(how, checkpointing=False)) > free)
     words = fit_threads(work) if recipe.minutes else _in_words()
     if device.type != "cpu":
         words = torch.cuda.get_device_name(device)
     words += f", {'bfloat16' if how.narrow else 'float32'}"
+    if world.size() > 1:
+        words = f"{world.size()} processes, each with {words}"
     of, row = shapes(model), replace(how, length=_PROBED_ROW)
     batch = _random_rows(model, _PROBED_TOKENS // _PROBED_ROW, _PROBED_ROW)
-    read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch) * operations(
-        of, row, kind="read"
-    )
-    scored = trained = _tokens_a_second(partial(_score_rows, work), batch) * operations(of, row, kind="score")
-    if fits:
-        trained = _trained(work, checkpointing=how.checkpointing) * operations(of, replace(how, lora=0), kind="train")
+    with world.apart():  # a process is as fast as it is beside the others
+        read = _tokens_a_second(lambda rows: perplexity(model, rows.split(1), dtype=recipe.dtype), batch) * operations(
+            of, row, kind="read"
+        )
+        scored = trained = _tokens_a_second(partial(_score_rows, work), batch) * operations(of, row, kind="score")
+        if fits:
+            trained = _trained(work, checkpointing=how.checkpointing) * operations(of, replace(how, lora=0), kind="train")
     others = {"score": scored, "repair": scored, "train": trained}
-    return Speed(read, words, memory=free, others=others, load=load), work
+    return world.agreed(Speed(read, words, memory=free, others=others, load=load)), work
 
 
 def scoring_speed(work: Work) -> Speed:

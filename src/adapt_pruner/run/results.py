@@ -28,7 +28,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import peak_bytes, peak_rss_bytes
 from adapt_pruner.core.system.provenance import made_by
 from adapt_pruner.errors import RunError, UsageError, first_line
-from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.anatomy import decoder_parameters, use_on
 from adapt_pruner.evaluate.answer import LONGEST, PROMPTS, answer
 from adapt_pruner.evaluate.chat import chat_answers, kl_to_written
 from adapt_pruner.evaluate.perplexity import perplexity
@@ -135,12 +135,15 @@ def measure_text(work: Work, *, stage: int, after_cuts: bool = False) -> None:
             work.model, data.held_out, task=work.task, dtype=work.recipe.dtype, num_bytes=data.held_out_bytes,
             texts=data.held_out_texts, on_window=work.progress("evaluate", stage=stage),
         )  # fmt: skip
+        has_experts = not after_cuts and any(axis.per_token for axis in work.axes)
+        used = use_on(work.model, data.held_out, dtype=work.recipe.dtype) if has_experts else {}
     for name, figure in (("perplexities", measured.perplexity), ("bits_per_byte", measured.bits_per_byte)):
         values = figures.setdefault(f"{name}_after_cuts" if after_cuts else name, [])
         values += [None] * (stage - len(values)) + [figure]  # None for stages that ended before somebody asked for it
     if measured.judged and not after_cuts:
         figures["judged"] = [*figures.get("judged", []), {"stage": stage, **measured.judged}]
-    work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, **measured.to_dict()))
+    of_experts = {str(layer): shares for layer, shares in used.items()} or None
+    work.tell(Evaluation(stage=stage, after_cuts=after_cuts, params=work.num_params, used=of_experts, **measured.to_dict()))
 
 
 def measure_tasks(work: Work, *, stage: int) -> float:

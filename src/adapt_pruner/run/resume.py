@@ -109,11 +109,11 @@ def _check_changes(path: Path, state: RunState, recipe: Recipe, changed: Sequenc
             f"the run of {path} is in stage {state.stage} and the recipe has only {counted(recipe.stages, 'stage')}; set stages to "
             f"{state.stage} or more, or name another folder"
         )
-    if any(key.partition(".")[0] == "vocabulary" for key in changed):
-        raise UsageError(
-            f"the vocabulary of {path} has been cut already, and the recipe now asks for another one; "
-            "leave vocabulary as it was, or name another folder"
-        )
+    for table, done in (("vocabulary", "the vocabulary of {} has been cut"), ("grow", "the model of {} has grown")):
+        if any(key.partition(".")[0] == table for key in changed):
+            raise UsageError(
+                f"{done.format(path)} already, and the recipe now asks for another one; leave {table} as it was, or name another folder"
+            )
     if "training.lora" in changed and any(base_name(name) is None for name in tensors):
         raise UsageError(
             f"{path} contains LoRA adapters that are not trained to the end, and another training.lora would lose them; "

@@ -31,9 +31,9 @@ from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.run.conversations import writing_planned
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.folder import check_folder
-from adapt_pruner.run.plan import most_bytes, phases, seconds, setup_of
+from adapt_pruner.run.plan import LORA_RANK, most_bytes, phases, seconds, setup_of
 from adapt_pruner.run.probe import probed
-from adapt_pruner.run.start import stages
+from adapt_pruner.run.start import placed, stages
 from adapt_pruner.run.trackers import check_trackers
 from adapt_pruner.work import Work
 
@@ -57,6 +57,7 @@ _BATCH = 2048  # tokens of a step, if ten fit
 _BATCHES = {_BATCH: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
 _RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that goes, below -> learning rate
 _LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
+_LEAN: Mapping[str, Any] = {"training.weights": "bfloat16", "training.lora.rank": LORA_RANK}
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
 _ENDLESS = 10**12  # tokens of a text that is never used up
@@ -179,9 +180,8 @@ def recipe_in_time(
 
     Raises:
         UsageError: the folder holds something else, or a run of another model, size, text, tokens, seed or number format; the
-            model or the text cannot be loaded; the time is too short; or several processes were started.
+            model or the text cannot be loaded; or the time is too short.
     """
-    world.check_alone("shrink")
     named = keys_of(overrides)
     if "about" in named:
         raise UsageError(
@@ -191,29 +191,29 @@ def recipe_in_time(
     spec = DEFAULT_TEXT if text is None else text
     train, held_out = specs_of(spec)
     plain = recipes.read({}, overrides=overrides, values={
-        **common, "about": _about(common["budget"], minutes, tokens), "calibration.source": train, "training.source": train,
+        **common, "about": _about(common["budget"], minutes, tokens), "calibration.source": train, "calibration.self_generated": 0, "training.source": train,
         "training.tokens": tokens or 1_000_000, "training.length": _TRAINING_ROW, "evaluation.source": held_out, **({} if minutes is None else {"minutes": minutes}),
     }, shared=True)  # fmt: skip
     plain.fitted(named)
-    if (begun := _begun(out, overrides, plain, listen=listen)) is not None:
+    if (begun := world.on_main(lambda: _begun(out, overrides, plain, listen=listen))) is not None:
         return begun
     check_trackers(plain)
     listen(Progress(phase="read", done=0, of=0))
     parts = split_off_heldout(spec)
     training = plain.training.model_copy(update={"batch_tokens": max(_BATCH, plain.training.length)})
-    probe_recipe = plain.model_copy(update={"training": training})
+    probe_recipe = _that_fits(plain.model_copy(update={"training": training}), trust_remote_code=trust_remote_code)
     speed, work = probed(probe_recipe, listen=listen, trust_remote_code=trust_remote_code)
     text_tokens, held_out_tokens = parts.tokens(work.tokenizer, length=_TRAINING_ROW)
     own, texts = text is not None, plain.training.written if "training.written" in named else None
-    writing = writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts)
+    writing = world.agreed(writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts))
     if writing.texts and not own:  # what it writes is read as often as need be
         train, held_out = parts_of(writing.base)
         text_tokens, held_out_tokens = _ENDLESS, writing.texts // HELD_OUT * _TRAINING_ROW
         work.recipe = _with_texts(work.recipe, train, held_out)
-    spent = (time.perf_counter() - started) / 60  # the probe counts against the minutes
+    spent = world.agreed(time.perf_counter() - started) / 60  # the probe counts against the minutes
     writes = (writing.seconds + writing.answering) / 60
     wanted = Asked(text_tokens, held_out_tokens, own or bool(writing.texts), minutes, tokens, gone=spent + writes)
-    choice = planned(speed, work, wanted)
+    choice = world.on_main(lambda: planned(speed, work, wanted))
     for line in [*choice.lines, *([writing.line] if writing.line else [])]:
         listen(PlanLine(text=line))
     if overrides:
@@ -227,6 +227,19 @@ def recipe_in_time(
         settings = {key: value for key, value in settings.items() if key not in ("method", "step", "amplitude", "repair")}
     recipe = recipes.read({}, values={**common, "about": plain.about, **settings}, overrides=overrides, shared=True)
     return recipe.fitted(named)  # another method may not read all that was planned
+
+
+def _that_fits(recipe: Recipe, *, trust_remote_code: bool) -> Recipe:
+    """The recipe, or if it takes more memory than is free, one that trains additions of low rank to weights in bfloat16.
+
+    If neither fits, the probe refuses the recipe.
+    """
+    _, trouble = placed(recipe, trust_remote_code=trust_remote_code, again=True)
+    if not trouble or recipe.training.weights == "bfloat16" or recipe.training.lora is not None or recipe.dtype == "float32":
+        return recipe
+    lean = recipes.read(recipe.model_dump(mode="json", exclude_unset=True), values=_LEAN, shared=True)
+    _, still = placed(lean, trust_remote_code=trust_remote_code, again=True)
+    return recipe if still else lean
 
 
 def _with_texts(recipe: Recipe, train: str, held_out: str) -> Recipe:
@@ -281,14 +294,15 @@ def _planned(
     """
     free = math.inf if speed.memory is None else speed.memory
     ways = [replace(way, repairs=False) for way in _WAYS[:-1]] if work.weight_mask is not None else _WAYS
-    distilled = bool(taught) and _draft(speed, work, ways[0], distilled=True, again=True).memory <= free
+    whole = work.loaded.offload == "none"  # else the model cannot lie beside itself
+    distilled = bool(taught) and whole and _draft(speed, work, ways[0], distilled=True, again=True).memory <= free
     again = _draft(speed, work, ways[0], distilled=distilled, again=False).memory > free
 
     @cache
     def draft_of(way: _Way) -> _Draft:
         return _draft(speed, work, way, distilled=distilled, again=again)
 
-    chats = bool(getattr(work.tokenizer, "chat_template", None))
+    chats = whole and bool(getattr(work.tokenizer, "chat_template", None))
     answering = _ANSWERS * chats / tokens_a_second(speed, work, "read") * (1 + _target(work) / work.num_params)
     silent = answering > _FOR_ANSWERS * asked.left
     answering = 0.0 if silent else answering
@@ -317,12 +331,15 @@ def _planned(
     took = {
         "load": speed.load, "measure": windows * draft.window + answering, "prune": draft.prune, "train": tokens / draft.speed,
     }  # fmt: skip
+    if work.recipe.training.lora is not None:
+        what += f"; additions of rank {work.recipe.training.lora.rank} to weights in bfloat16, since memory has no room for more"
+    away = {"none": "", "cpu": ", as stored in memory", "disk": ", from disk"}[work.loaded.offload]
     not_own = f" (Python's language reference, which teaches little beyond Python; name your own with {option('text')})"
     when = f"takes about {span(sum(took.values()))}" if asked.minutes is None else f"ends within {span(asked.left)}"
     lines = (
         f"machine: {speed.words}; with this model it reads {tokens_a_second(speed, work, 'read'):,.0f} tokens a second and trains on "
         f"{tokens_a_second(speed, work, 'train'):,.0f}",
-        f"prune: {millions(work.num_params)} → {millions(_target(work))} parameters by adaptive-ls-v1, about {counted(draft.cuts, 'cut')}, each "
+        f"prune: {millions(work.num_params)} → {millions(_target(work))} parameters by adaptive-ls-v1{away}, about {counted(draft.cuts, 'cut')}, each "
         f"reading {draft.way.samples} × {_CALIBRATION_ROW} tokens: about {span(took['prune'])}",
         f"train: about {compact(tokens)} tokens in steps of {batch:,} at a learning rate of {settings['training.lr']:g}, {what}: about "
         f"{span(took['train'])}",
@@ -348,7 +365,8 @@ def _settings(
         "training.source": work.recipe.training.source, "training.tokens": tokens, "training.batch_tokens": batch,
         "training.length": min(_TRAINING_ROW, longest), "training.lr": rate * (_LARGE_RATE if work.num_params > _LARGE else 1),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
-        "training.gradient_checkpointing": again,
+        "training.gradient_checkpointing": again, **(_LEAN if work.recipe.training.lora is not None else {}),
+        **({} if work.loaded.offload == "none" else {"offload": work.loaded.offload}),
         "evaluation.source": work.recipe.evaluation.source, "evaluation.window": min(_WINDOW, longest), "evaluation.max_windows": windows,
     }  # fmt: skip
 
@@ -381,8 +399,11 @@ def _thoroughness(
         UsageError: even the smallest choice takes longer.
     """
     total = asked.left
-    there = max(1, asked.held_out_tokens // _settings(work, ways[0], distilled=False, again=False)["evaluation.window"])
+    usual = _settings(work, ways[0], distilled=False, again=False)
+    there = max(1, asked.held_out_tokens // usual["evaluation.window"])
+    at_least = usual["training.length"] * world.size()  # a row for each process
     for (batch, fewest), most, way in product(_BATCHES.items(), _WINDOWS, ways):
+        batch = -(-batch // at_least) * at_least
         windows, draft = min(most, there), draft_of(way)
         measuring, least = windows * draft.window, fewest * batch / draft.speed
         left = (1 - _SPARE) * total - speed.load - _AFTERWARDS - measuring - answering - draft.prune

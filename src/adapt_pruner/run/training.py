@@ -28,6 +28,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import keeping_freed, peak_bytes
 from adapt_pruner.core.system.processes import deferred
 from adapt_pruner.errors import UsageError
+from adapt_pruner.grow import grown
 from adapt_pruner.recipe import parts
 from adapt_pruner.run.checkpoints import called
 from adapt_pruner.train.adapters import adapted
@@ -316,8 +317,7 @@ class Trainer:
         work, training = self._work, self._work.recipe.training
         with ExitStack() as stack:
             optimizer: Any = work.optimizer
-            if training.weights == "bfloat16":
-                stack.enter_context(stored_as(work.model, torch.bfloat16))
+            stack.enter_context(stored_as(work.model, getattr(torch, training.weights)))
             if training.lora is not None:
                 seed = work.recipe.seed * 1009 + work.state.stage
                 stack.enter_context(adapted(work.model, **training.lora.model_dump(), seed=seed))
@@ -359,7 +359,10 @@ def teacher_of(work: Work, *, begun: bool) -> Any:
     if recipe.training.teacher is None and not begun:
         teacher = copy.deepcopy(loaded.model)
     else:
-        other = _with_same_tokens(load(name, device=device, trust_remote_code=work.trust_remote_code, any_task=True), work)
+        other = load(name, device=device, trust_remote_code=work.trust_remote_code, any_task=True)
+        if recipe.training.teacher is None:
+            other = grown(other, recipe.grow, seed=recipe.seed)
+        other = _with_same_tokens(other, work)
         theirs, ours = tokens_of(other.tokenizer), tokens_of(loaded.tokenizer)
         if theirs.get_vocab() != ours.get_vocab():
             raise UsageError(

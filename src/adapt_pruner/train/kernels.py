@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.precision import cast_weights
+from adapt_pruner.core.model.shelf import Shelved, in_memory
 
 
 @contextmanager
@@ -50,12 +50,14 @@ def kernels(model: Any, *, gradient_checkpointing: bool, compiled: bool, liger: 
 
 @contextmanager
 def stored_as(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """While the context lasts, the weights of `model` are held as `dtype`, and as float32 afterwards."""
-    cast_weights(model, dtype)
-    try:
+    """While the context lasts, the weights of `model` are in memory as `dtype`; afterwards as float32, or on their shelf."""
+    others = [weight for weight in model.parameters() if not isinstance(weight, Shelved)]
+    with in_memory(model, dtype):
+        for weight in others:
+            weight.data = weight.data.to(dtype)
         yield
-    finally:
-        cast_weights(model, torch.float32)
+        for weight in others:
+            weight.data = weight.data.to(torch.float32)
 
 
 def _rms_norm(module: nn.Module) -> tuple[float, float] | None:

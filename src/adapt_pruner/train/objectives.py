@@ -18,18 +18,41 @@ _LEAST = 1e-6  # of the probability beside the likeliest tokens: kept ones are r
 
 
 @part("objective")
-def lm(model: nn.Module, input_ids: Tensor, predicted: Tensor | None = None, *, task: Task = CAUSAL_LM) -> Tensor:
+def lm(
+    model: Any,
+    input_ids: Tensor,
+    predicted: Tensor | None = None,
+    *,
+    task: Task = CAUSAL_LM,
+    balance: Annotated[float, "0 or more"] = 0.0,
+) -> Tensor:
     """Next-token cross-entropy: -log p(token | what precedes it), nats, summed over the predicted tokens.
+
+    With `balance` b, routers learn to use all experts: each predicted token also counts b · E · Σ_j f_j · p_j, with E the experts of a
+    layer, f_j the share of the tokens that are sent to expert j and p_j the mean probability that routers give it, over the tokens of
+    the batch in all layers.
 
     Args:
         input_ids: int64 [batch, length].
         predicted: bool [batch, length]; None for every token but the first.
         task: what the model learns, if it is something other than the next token.
+        balance: b, transformers' `router_aux_loss_coef`; of no effect on a model without routers.
 
     Returns:
         float32 scalar, differentiable.
+
+    Source of the second term: Switch Transformer, arXiv:2101.03961, as transformers computes it.
     """
-    return task.loss(model, input_ids, predicted=predicted)
+    per_token = getattr(model.config, "num_experts_per_tok", None)
+    if not (balance and per_token and isinstance(task, CausalLM)):
+        return task.loss(model, input_ids, predicted=predicted)
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    read = task.read(model, input_ids, output_router_logits=True)
+    hidden, targets = task.predicting(read.last_hidden_state, input_ids, predicted)
+    logits = tuple(read.router_logits)
+    unbalanced: Tensor = load_balancing_loss_func(logits, logits[0].shape[-1], per_token)
+    return task.of_logits(model, hidden, nll_of_logits(targets)) + balance * len(targets) * unbalanced
 
 
 @part("objective", needs={"teacher"})
@@ -167,7 +190,7 @@ def named_loss(
         name = named_loss(objective, options, teacher=teacher) or "cross-entropy"
         return f"{name} (of what the dense model wrote, KL to it)"
     if objective is lm:
-        return None
+        return "cross-entropy + balance of experts" if options.get("balance") else None
     if objective is not distil:
         return objective.__name__
     alpha, hidden = float(options.get("alpha", 1.0)), float(options.get("hidden", 0.0))

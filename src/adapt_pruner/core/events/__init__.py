@@ -420,7 +420,7 @@ class Evaluation(Event):
     """The perplexity of held-out text was measured after a stage; stage 0 is the model at the start.
 
     Other fields are as in `evaluate.perplexity`. JSON has None for an infinite perplexity. If a stage trains, there is also one
-    event `after_cuts`, before that training.
+    event `after_cuts`, before that training. `used` has for each layer with experts the share of the tokens that went to each.
     """
 
     event: Literal["evaluation"] = "evaluation"
@@ -436,6 +436,7 @@ class Evaluation(Event):
     bits_per_byte: float | None = None
     judged: dict[str, float] = Field(default_factory=dict)
     by_text: dict[str, float] = Field(default_factory=dict)
+    used: dict[str, list[float]] | None = None
 
     def line(self, begun: str = "dense") -> str:
         if self.params is None:

@@ -51,6 +51,30 @@ class VocabularyCut(Event):
         return f"{self.tokens:,} of {self.tokens_before:,} tokens stay, which leaves {millions(self.params)} parameters"
 
 
+class Grew(Event):
+    """The model has grown by copying its weights.
+
+    Attributes:
+        params_before: parameters before.
+        params: parameters now.
+        sizes: kind of what grew -> its size now.
+        apart: the largest difference between logits before and now; None after copied layers, which compute something else.
+    """
+
+    event: Literal["grew"] = "grew"
+    params_before: Count
+    params: Count
+    sizes: dict[str, Count]
+    apart: float | None = None
+
+    def line(self, begun: str = "dense") -> str:
+        sizes = ", ".join(f"{kind} {size:,}" for kind, size in self.sizes.items())
+        same = "copied layers compute something else until they are trained"
+        if self.apart is not None:
+            same = f"its logits differ by {self.apart:.1g} at most"
+        return f"grown from {millions(self.params_before)} to {millions(self.params)} parameters ({sizes}); {same}"
+
+
 class Probe(Event):
     """The speed of this machine with the model is measured."""
 

@@ -166,7 +166,7 @@ class Shelved(nn.Parameter):
     @classmethod
     def of(cls, stored: Stored, shelf: "Shelf", shape: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> "Shelved":
         """A parameter that is on the shelf."""
-        new = cls(absent(shape, dtype=dtype, device=device), requires_grad=False)
+        new = cls(absent(shape, dtype=dtype, device=device))
         new.stored, new.shelf, new.here, new.wide, new.changed = stored, shelf, False, dtype, False
         return new
 
@@ -362,6 +362,22 @@ def unused(module: nn.Module) -> Iterator[None]:
     finally:
         for weight in away:
             weight.here = False
+
+
+@contextmanager
+def in_memory(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While the context lasts, all weights of a shelf are in memory as `dtype`; then they go back to it. After an error they stay.
+
+    They are the same parameters, so an optimiser goes on with them.
+    """
+    away = on_shelf(model)
+    for weight in away:
+        weight.data = weight.shelf.read_alone(weight).to(weight.device, dtype)
+        weight.stored, weight.changed, weight.here = InMemory(weight.data), True, True
+    yield
+    for weight in away:
+        weight.stored = weight.shelf.laid(weight.data)
+        weight.data, weight.here = absent(weight.shape, dtype=weight.wide, device=weight.device), False
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import resource
 import sys
 from contextlib import contextmanager, suppress
@@ -37,10 +38,16 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def processes_here() -> int:
+    """Number of processes that a launcher started on this machine; 1 without one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def usable_bytes() -> int | None:
     """Bytes of memory that this process may hold: those it holds, and those free on this machine and in its container.
 
-    None if the system does not say. A container's file cache counts as free, since the kernel gives it up.
+    None if the system does not say. A container's file cache counts as free, since the kernel gives it up. Processes that torchrun
+    started on this machine share what is free.
     """
     free, held = _sizes_in(_SYSTEM).get("MemAvailable"), _sizes_in(_STATUS).get("VmRSS")
     if free is None or held is None:
@@ -51,7 +58,7 @@ def usable_bytes() -> int | None:
             stat = (_CONTAINER / used).with_name("memory.stat").read_text(encoding="ascii")
             cache = sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("inactive_file", "active_file"))
             free = min(free, max(0, most - now + cache))
-    return free + held
+    return free // processes_here() + held
 
 
 def free_bytes(device: torch.device) -> int | None:

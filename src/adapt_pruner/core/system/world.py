@@ -26,11 +26,12 @@ T = TypeVar("T")
 _PATIENCE = timedelta(hours=12)  # one process tokenises a whole text while the others wait; `listening` tells whether it is alive
 _GATHERING = timedelta(minutes=10)  # by then all processes must have started
 _alone = threading.Event()  # set while this process works alone and the others wait for it
+_apart = threading.Event()  # set while each process works as if it were the only one
 
 
 def size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _apart.is_set() else 1
 
 
 def rank() -> int:
@@ -50,8 +51,8 @@ def _num_started() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def check_alone(command: str) -> None:
-    """Refuse to share the work of a command that cannot be shared.
+def check_alone(command: str, why: str) -> None:
+    """Refuse to share the work of a command that cannot be shared, for the reason `why`.
 
     Raises:
         UsageError: a launcher started several processes.
@@ -60,10 +61,20 @@ def check_alone(command: str) -> None:
     if number > 1:
         raise of_all(
             UsageError(
-                f"{command} works in one process, and {number} were started; start it without torchrun or accelerate, since only "
-                "`adapt-pruner run` shares its work"
+                f"{command} works in one process, since {why}, and {number} were started; start it without torchrun or accelerate: "
+                "`prune`, `run` and `shrink` share their work"
             )
         )
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Within this context every process works as if it were the only one, all at the same time."""
+    _apart.set()
+    try:
+        yield
+    finally:
+        _apart.clear()
 
 
 @contextmanager
@@ -75,6 +86,7 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
             waits for it inside a call that nothing can interrupt, so `lost` must end this process.
 
     Raises:
+        UsageError: the launcher did not say where the processes meet.
         RunError: not all processes can be reached, or one has ended.
     """
     if _num_started() < 2 or dist.is_initialized():
@@ -86,7 +98,7 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
     def tell(peer: int) -> None:
         lost(
             f"process {peer} has sent nothing for {span(SILENCE)}: it was stopped, or its machine is gone; stop what "
-            "is left of it and run the same command, which continues from the last checkpoint"
+            "is left of it and run the same command again; `run` and `shrink` continue from the last checkpoint"
         )
 
     met = False
@@ -101,12 +113,19 @@ def joined(*, lost: Callable[[str], object]) -> Iterator[None]:
                 yield
             finally:
                 dist.destroy_process_group()
+    except ValueError as error:
+        if met or isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"WORLD_SIZE says that {_num_started()} processes were started, but not where they meet ({first_line(error)}); start them with "
+            "torchrun or accelerate, or remove WORLD_SIZE from the environment"
+        ) from error
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):  # another process could not be reached
             raise
         trouble = RunError(
-            f"another process has ended or cannot be reached ({first_line(error)}); see its message, then run the same command, "
-            "which continues from the last checkpoint"
+            f"another process has ended or cannot be reached ({first_line(error)}); see its message, then run the same command again; "
+            "`run` and `shrink` continue from the last checkpoint"
         )
         raise of_all(trouble) if met else trouble from error  # a process that meets no other may be the only one
 
