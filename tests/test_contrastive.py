@@ -130,6 +130,8 @@ def test_what_is_no_set_of_pairs_is_refused(shown: Path, tmp_path: Path) -> None
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a"}\n', encoding="utf-8")
     with pytest.raises(UsageError, match=r"a\.png cannot be opened"):
         pairs(str(tmp_path))[0].open()
+    with pytest.raises(UsageError, match="write model_max_length into its tokenizer_config.json"):
+        Contrastive().rows(tiny_processor(10**30), str(shown), length=20, tokens=100, seed=0)
     with pytest.raises(UsageError, match="set training.length to 26"):
         Contrastive().rows(tiny_processor(), str(shown), length=20, tokens=100, seed=0)
 

@@ -24,6 +24,7 @@ RANKS = (1, 5, 10)
 TEMPLATES = ("a photo of a {}.", "a picture of a {}.", "{}")
 """How a class is put into words for zero-shot classification; the embeddings of all are averaged, as CLIP's authors do."""
 _AT_ONCE = 64  # pairs of a pass without gradients, and of a calibration batch
+_LONGEST = 4096  # tokens of a caption
 _KEPT = 2**30  # bytes of pictures, ready for the model, that are held in memory
 
 
@@ -171,6 +172,10 @@ class Contrastive:
         if not found:
             found.extend(pairs(spec))
         self._length = processor.tokenizer.model_max_length
+        if self._length > _LONGEST:
+            raise UsageError(
+                "the tokenizer does not say how many tokens a caption has; write model_max_length into its tokenizer_config.json, 77 for CLIP"
+            )
         self._classes += sorted({pair.label for pair in found if pair.label is not None} - {*self._classes})
         numbers = []
         for pair in found:

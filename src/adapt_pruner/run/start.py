@@ -44,7 +44,6 @@ from adapt_pruner.evaluate.task_sources import Wanted, check_tasks, find_tasks
 from adapt_pruner.evaluate.tasks import set_shots
 from adapt_pruner.grow import grown
 from adapt_pruner.recipe import Recipe, parts
-from adapt_pruner.reduce.units import evidence_of
 from adapt_pruner.run import latency
 from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to_write, written_texts
 from adapt_pruner.run.estimate import PAPER, Setup, shapes
@@ -59,8 +58,8 @@ from adapt_pruner.run.plan import (
     too_large,
     writes_text,
 )
+from adapt_pruner.run.towers import check_towers
 from adapt_pruner.run.training import teacher_of
-from adapt_pruner.score.calibrate import Evidence
 from adapt_pruner.train.loop import whole_batches
 from adapt_pruner.work import RunData, RunState, Stage, Work
 
@@ -136,7 +135,14 @@ def begin(
             raise of_all(UsageError(trouble))
     device, fresh = pick_device(recipe.device), recipe.seed if recipe.init == "random" else None
     shelving = Shelving.at(place, scratch)
-    loaded = load(recipe.model, device=device, trust_remote_code=trust_remote_code, fresh=fresh, shelving=shelving, any_task=True)
+    loaded = load(
+        recipe.model,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        fresh=fresh,
+        shelving=shelving,
+        any_task=recipe.grow is None,
+    )
     found, checked = count_parameters(loaded.model), families.summary(loaded.model.config)
     listen(events.Loaded(model=recipe.model, params=found, dequantised=loaded.dequantised, may_shrink=checked))
     loaded = grown(loaded, recipe.grow, seed=recipe.seed, listen=listen)
@@ -204,7 +210,7 @@ def plan(work: Work) -> tuple[list[Stage], Budget]:
     """
     recipe, figures = work.recipe, work.state.figures
     _check_class(work)
-    _check_towers(work)
+    check_towers(work)
     if recipe.offload in ("cpu", "disk") and (why := needs_whole_model(work)):
         raise UsageError(f"{why}, so offload={recipe.offload} cannot work; set offload=none")
     work.reduction.check(work)
@@ -247,46 +253,6 @@ def _check_class(work: Work) -> None:
         raise UsageError(
             f"only code in the folder of {work.recipe.model} builds a model of type {kind!r}, and the result would be saved without "
             "it; register the class with transformers from Python, or name another model"
-        )
-
-
-def _check_towers(work: Work) -> None:
-    """Refuse for a model of several towers what goes through one stack of layers, or predicts tokens."""
-    recipe, training = work.recipe, work.recipe.training
-    of_pairs = training.source is not None and training.objective.startswith("pairs.")
-    if len(work.task.towers) == 1:
-        if of_pairs:
-            raise UsageError(
-                f"training.objective {training.objective!r} is for models of two towers; set it to objectives.distil"
-            )
-        return
-    passes = (Evidence.STREAM_GRADIENTS, Evidence.SAMPLE_GRADIENTS)
-    unfit = {
-        f"reduce={recipe.reduce}": recipe.reduce.partition("(")[0] not in ("units", "towers", "masks"),
-        f"metric={recipe.metric}": recipe.metric is not None and not recipe.metric.startswith(("weights.", "removal.")),
-        f"distance={recipe.distance}": recipe.distance is not None and not recipe.distance.startswith("blocks.loss_drop"),
-        f"repair={recipe.repair}": recipe.repair is not None,
-        "sequential_scoring": recipe.sequential_scoring,
-        "vocabulary": recipe.vocabulary is not None,
-        "latency": bool(recipe.latency),
-        f"offload={recipe.offload}": recipe.offload not in ("auto", "none"),
-        "parallel=fsdp": recipe.parallel == "fsdp" and world.size() > 1,
-        "evaluation.tasks": recipe.evaluation.tasks is not None,
-        f"training.objective={training.objective}": training.source is not None
-        and not of_pairs
-        and training.objective != "objectives.lm",
-        "training.lora": training.lora is not None,
-        "training.liger": training.liger,
-        f"training.weights={training.weights}": training.weights != "float32",
-    }
-    wrong = [key for key, given in unfit.items() if given]
-    if not wrong and work.reads_text and "units" in recipe.reduce and evidence_of(work) in passes:
-        wrong = [f"metric={recipe.metric}"]
-    if wrong:
-        kind = work.model.config.model_type
-        raise UsageError(
-            f"{' and '.join(wrong)} does not work with a model of two towers ({kind}), only with one stack of layers; leave that out, or set "
-            "method to mope-clip, llm-pruner, uniform, magnitude or random"
         )
 
 
