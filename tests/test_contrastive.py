@@ -189,6 +189,12 @@ def test_a_model_is_pruned_measured_and_shown_by_the_ordinary_commands(clip_fold
     assert "text→image R@10" in printed("eval", small, "--text", shown)
 
 
+@pytest.mark.parametrize("method", ["random", "magnitude-all"])
+def test_methods_without_text_need_no_pictures(method: str, clip_folder: Path, tmp_path: Path) -> None:
+    result = ap.prune(str(clip_folder), tmp_path / "small", params="70%", method=method)
+    assert result.figures["params_after"] <= 0.7 * 95385
+
+
 def test_a_run_trains_on_pairs_between_its_cuts(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
     recipe: dict[str, Any] = {
         "method": "llm-pruner", "chooser": "allocate.uniform", "model": str(clip_folder), "budget": "60%", "stages": 2,

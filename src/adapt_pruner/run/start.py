@@ -334,9 +334,10 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     _check_machine(work)
     if write and not begun:
         check_memory(work, setup_of(work), free=free_bytes(work.model.device))
-    if not work.task.writes_text and (writes_text(recipe) or recipe.calibration.self_generated or specs_to_write(recipe)):
+    by_model = work.reads_text and (writes_text(recipe) or recipe.calibration.self_generated)
+    if not work.task.writes_text and (by_model or specs_to_write(recipe)):
         raise UsageError(
-            f"the model cannot write text of the task {recipe.task!r} itself; name a text as calibration.source and set "
+            f"the model cannot write text of the task {type(work.task).__name__} itself; name a text as calibration.source and set "
             "calibration.self_generated to 0"
         )
     tasks: list[Wanted] = []
