@@ -135,6 +135,7 @@ def test_every_place_that_starts_a_process_is_known() -> None:
     known = {
         "core/system/processes.py": "the one place that starts Python: `module`, with -P, and `talking`",
         "compare/cells.py": "starts `module` in a session of its own, which Ctrl-C does not reach",
+        "core/model/hot_experts.py": "a thread that reads the next expert, no process",
         "core/model/shelf.py": "a thread that reads the next layer, no process",
         "core/system/provenance.py": "git, in this package's own checkout",
     }

@@ -317,7 +317,7 @@ BAD_PRUNE = {
     "unknown family": (
         ["STRANGE", "--params", "80%"],
         2,
-        "(known: gemma3_text, llama, mistral, mobilellm, nemotron-nas, phi3, qwen2, qwen3",
+        "(known: clip, gemma3_text, llama, mistral, mobilellm, nemotron-nas, phi3, qwen2, qwen3",
     ),
     "not a model": (["FOLDER", "--params", "80%"], 2, "no config.json"),
     "weights that are not numbers": (

@@ -14,7 +14,7 @@ from adapt_pruner.core.model.cut import cut
 from adapt_pruner.data.contrastive import Contrastive
 from adapt_pruner.errors import UsageError
 from adapt_pruner.report.with_card import run
-from adapt_pruner.train.pairs import distil
+from adapt_pruner.train.pairs import distil_towers
 from conftest import VOCAB, assert_refused, log_of, suited
 from test_contrastive import batch_of, inputs
 from test_removal import keys
@@ -57,12 +57,12 @@ def test_a_teacher_of_another_width_is_refused(shown: Path) -> None:
     batch, axes = batch_of(task, shown, pairs=4), families.axes(teacher)
     cut(teacher, axes, Mask({"projection": torch.arange(32) < 20}))
     with pytest.raises(UsageError, match="the outputs of the teacher have 20 dimensions and the model's 32"):
-        distil(tiny_towers(vocab_size=VOCAB), batch, teacher=teacher, task=task)
+        distil_towers(tiny_towers(vocab_size=VOCAB), batch, teacher=teacher, task=task)
 
 
 def test_a_run_learns_from_the_dense_model(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
     training: dict[str, Any] = {
-        "source": str(shown), "length": 26, "tokens": 8000, "batch_tokens": 1248, "lr": 0.003, "objective": "pairs.distil(contrast=0)",
+        "source": str(shown), "length": 26, "tokens": 8000, "batch_tokens": 1248, "lr": 0.003, "objective": "pairs.distil_towers(contrast=0)",
         "gradient_checkpointing": True,
     }  # fmt: skip
     run(suited(keys(clip_folder, shown, budget="85%", training=training, reduce="towers(tower=vision)")), tmp_path / "run")
@@ -70,7 +70,7 @@ def test_a_run_learns_from_the_dense_model(clip_folder: Path, shown: Path, tmp_p
     assert steps[-1]["loss"] < steps[0]["loss"]
 
 
-@pytest.mark.parametrize("objective", ["objectives.distil", "pairs.distil"])
+@pytest.mark.parametrize("objective", ["objectives.distil", "pairs.distil_towers"])
 def test_an_objective_of_the_other_kind_is_refused(
     objective: str,
     clip_folder: Path,
@@ -79,7 +79,7 @@ def test_an_objective_of_the_other_kind_is_refused(
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    of_pairs = objective == "pairs.distil"
+    of_pairs = objective == "pairs.distil_towers"
     model, source = (tiny_folder, text_file) if of_pairs else (clip_folder, shown)
     training = {"source": str(source), "length": 26, "tokens": 1000, "batch_tokens": 520, "objective": objective}
     recipe = {

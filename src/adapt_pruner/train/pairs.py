@@ -12,7 +12,7 @@ from adapt_pruner.errors import UsageError
 
 
 @part("objective", needs={"teacher"})
-def distil(
+def distil_towers(
     model: Any,
     input_ids: Tensor,
     predicted: Tensor | None = None,
@@ -83,7 +83,7 @@ def _hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Te
     """The sum over the pairs of the mean distance over layers and positions."""
     if student[0].shape[-1] != teacher[0].shape[-1]:
         raise UsageError(
-            f"the stream of the teacher is {teacher[0].shape[-1]} wide and the model's {student[0].shape[-1]}; set hidden=0 in pairs.distil"
+            f"the stream of the teacher is {teacher[0].shape[-1]} wide and the model's {student[0].shape[-1]}; set hidden=0 in pairs.distil_towers"
         )
     total = torch.zeros((), device=student[0].device)
     for number, state in enumerate(student, start=1):
