@@ -29,7 +29,7 @@ def test_each_term_is_what_it_says(shown: Path) -> None:
     batch = batch_of(task, shown, pairs=6)
     axes = families.axes(student)
     cut(student, axes, Mask({"vision.layers": torch.tensor([True, False, True, True])}))
-    loss = partial(distil, student, batch, teacher=teacher, task=task)
+    loss = partial(distil_towers, student, batch, teacher=teacher, task=task)
     with torch.no_grad():
         ours, theirs = (m(**inputs(shown, 6), return_loss=True, output_hidden_states=True) for m in (student, teacher))
         assert float(loss(**OFF | {"contrast": 1.0})) == pytest.approx(6 * float(ours.loss), rel=1e-4)

@@ -125,11 +125,13 @@ def test_parts_say_what_they_need() -> None:
         "greedy_gates",
         "hard_concrete",
         "masks",
+        "nothing",
         "policy_gradient",
         "search",
         "slice",
         "sparse",
         "sparse_training",
+        "towers",
         "units",
     ]
     assert parts.names("feed") == ["dynamic", "fixed"]
