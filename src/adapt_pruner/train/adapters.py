@@ -1,5 +1,6 @@
 """LoRA: train a low-rank addition to every linear layer instead of its weights, and merge it before the next cut."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ def adapted(model: Any, *, rank: int, alpha: float, dropout: float, seed: int) -
         raise UsageError(f"training.lora needs the peft package; {to_install('lora')}") from error
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config)
     yield
