@@ -77,7 +77,8 @@ def prune(
             f"predicted {timing['predicted']:.2f}x"
         )
     if losses := figures.get("calibration_losses"):
-        print(f"\nloss on the calibration text: {' → '.join(f'{loss:.3f}' for loss in losses)} nats a token")
+        which, each = ("calibration pairs", "pair") if _reads_pictures(output) else ("calibration text", "token")
+        print(f"\nloss on the {which}: {' → '.join(f'{loss:.3f}' for loss in losses)} nats a {each}")
     if "answers" in figures:
         answers = {
             stage["stage"] > 0: {each["prompt"]: each["text"] for each in stage["answers"]} for stage in figures["answers"]
