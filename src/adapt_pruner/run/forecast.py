@@ -18,7 +18,7 @@ from adapt_pruner.core.system.memory import free_bytes
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import Recipe, parts
 from adapt_pruner.reduce.units import mask_to, prunable, sizes_alike
-from adapt_pruner.run.estimate import PAPER, Setup, Speed, process_bytes, shapes
+from adapt_pruner.run.estimate import PAPER, Setup, Shapes, Speed, process_bytes, shapes
 from adapt_pruner.run.plan import memory, most_bytes, needs_whole_model, phases, seconds, setup_of, too_large
 from adapt_pruner.run.probe import scoring_speed
 from adapt_pruner.run.start import begin, on_paper, placed, prepare
@@ -63,7 +63,8 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
     left_out = [Progress(phase=phase, done=0, of=0, task="tasks", what="text").doing for phase in unknown]
     if evaluation.source is not None and not read:
         left_out.append("reading the whole held-out text")
-    held = memory(work, how)
+    dense = shapes(work.model)
+    held = memory(work, how, dense=dense)
     peaks = {phase: process_bytes(parts, how.device) for phase, parts in held.items()}
     return {
         "model": recipe.model,
@@ -85,7 +86,7 @@ def _told(work: Work, how: Setup, speed: Speed, *, free: int | None, measured: b
         "memory": {phase: {"bytes": peaks[phase], "of": parts} for phase, parts in held.items()},
         "peak_bytes": max(peaks.values()),
         "too_large": too_large(work, how, free=free) or None,
-        "ways": [_way(work, way, speed, planned, free=free) for way in _ways(work, how)],
+        "ways": [_way(work, way, speed, planned, dense=dense, free=free) for way in _ways(work, how)],
     }
 
 
@@ -104,8 +105,8 @@ def _ways(work: Work, how: Setup) -> Iterator[Setup]:
         yield replace(how, processes=processes, parallel="fsdp")
 
 
-def _way(work: Work, how: Setup, speed: Speed, planned: Planned, *, free: int | None) -> dict[str, Any]:
-    num_bytes = most_bytes(work, how)
+def _way(work: Work, how: Setup, speed: Speed, planned: Planned, *, dense: Shapes, free: int | None) -> dict[str, Any]:
+    num_bytes = most_bytes(work, how, dense=dense)
     return {
         "offload": how.offload, "processes": how.processes, "bytes": num_bytes, "seconds": sum(seconds(work, how, speed, planned).values()),
         "fits": free is None or num_bytes <= free,

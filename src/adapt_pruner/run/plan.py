@@ -217,15 +217,15 @@ def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tupl
     return by_phase
 
 
-def memory(work: Work, how: Setup, *, scale: float = 1.0) -> dict[str, dict[str, int]]:
+def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, dict[str, int]]:
     """Phase -> what of it holds memory -> bytes of one process at its peak, by the formulas of `estimate`.
 
     Args:
         work: the run, with its stages; the model may lie on the meta device.
         how: how it trains, and where.
-        scale: of a model of the same proportions with this share of the decoder's parameters.
+        dense: the shapes of the model at the start, or of another; None for those of the run's model.
     """
-    recipe, dense, use = work.recipe, shapes(work.model).scaled(scale), work.reduction.text_use(work)
+    recipe, dense, use = work.recipe, dense or shapes(work.model), work.reduction.text_use(work)
     calibration = recipe.calibration
     moments = bool(recipe.training.tokens) and recipe.moments == "carry" and recipe.stages > 1 and recipe.training.lora is None
     scoring = partial(
@@ -253,18 +253,18 @@ def memory(work: Work, how: Setup, *, scale: float = 1.0) -> dict[str, dict[str,
     return peaks
 
 
-def most_bytes(work: Work, how: Setup, *, scale: float = 1.0) -> int:
+def most_bytes(work: Work, how: Setup, *, dense: Shapes | None = None) -> int:
     """Bytes that a process of the run occupies at its peak; see `memory`."""
-    return max(process_bytes(parts, how.device) for parts in memory(work, how, scale=scale).values())
+    return max(process_bytes(parts, how.device) for parts in memory(work, how, dense=dense).values())
 
 
 def largest(work: Work, how: Setup, *, free: int) -> int:
     """Parameters of the largest model of the same proportions for which the run fits, to two digits; 0 if none does."""
-    least, most = 0.0, 1.0
+    dense, least, most = shapes(work.model), 0.0, 1.0
     for _ in range(20):
         scale = (least + most) / 2
-        least, most = (scale, most) if most_bytes(work, how, scale=scale) <= free else (least, scale)
-    params = shapes(work.model).scaled(least).params if least else 0
+        least, most = (scale, most) if most_bytes(work, how, dense=dense.scaled(scale)) <= free else (least, scale)
+    params = dense.scaled(least).params if least else 0
     return round(params, 1 - int(math.log10(params))) if params else 0
 
 
