@@ -42,7 +42,7 @@ _CLASSES: dict[str, tuple[str, Callable[[int, int], dict[str, Any]]]] = {
         },
     ),
 }  # fmt: skip
-"""Type of a dense model -> the type of the same with experts, and what its config says of these."""
+"""Type of a dense model -> the type with experts, and a function that gives the config fields for them."""
 _TRIED = 16  # tokens whose logits are compared
 _CLOSE = 1e-3  # of the largest logit: far above rounding, far below a mistake
 

@@ -69,7 +69,7 @@ class Evaluation:
         chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
-        experts: of a model whose experts lay on a shelf, the `share` of those needed that were in memory, and what reading the others took.
+        experts: how experts on a shelf were fetched: the `share` that was in memory when it was needed, and what reading the rest took.
     """
 
     model: str

@@ -71,7 +71,7 @@ class Contrastive:
         return torch.cat([self.seen(model, some, tower)[1] for some in batch.split(step)])
 
     def seen(self, model: Any, batch: Tensor, tower: str, **outputs: Any) -> tuple[Any, Tensor]:
-        """Run a tower: all that it gives, and what it makes of the batch, float32 [pairs, width] of length 1."""
+        """Run a tower; returns its whole output, and the embedding of each picture or caption, float32 [pairs, width] of length 1."""
         if tower == "text.":
             output = model.get_text_features(input_ids=batch[:, 2 : 2 + self._length], **outputs)
         else:

@@ -50,8 +50,8 @@ from adapt_pruner.work import Stage, Work
 _GIB = 2**30
 _READS = {"score": 2, "blocks": 2, "heads": 2, "repair": 4, "evaluate": 1}
 """Phase -> how often it reads all weights, with weights on disk."""
-LORA_RANK = 16
-"""Of the additions that are trained where memory has no room for more."""
+LEAN: dict[str, Any] = {"training.weights": "bfloat16", "training.lora.rank": 16}
+"""Keys of a recipe that trains where memory has no room for more: additions of low rank to weights in bfloat16."""
 _FLOAT = 4  # bytes of a number in a checkpoint
 
 
@@ -316,7 +316,7 @@ def lean_training(how: Setup) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]
     yield {"training.micro_batch_tokens": how.length}, {"micro_tokens": how.length}
     if how.narrow:
         yield {"training.weights": "bfloat16", "training.optimizer": "adamw8bit"}, {"stored": 2, "bits": 8}
-        yield {"training.optimizer": None, "training.lora.rank": LORA_RANK}, {"bits": 32, "lora": LORA_RANK}
+        yield {"training.optimizer": None, **LEAN}, {"bits": 32, "lora": LEAN["training.lora.rank"]}
 
 
 def ways_to_prune(model: Any, recipe: Recipe, how: Setup) -> Iterator[tuple[str, int]]:

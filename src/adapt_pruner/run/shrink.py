@@ -31,7 +31,7 @@ from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.run.conversations import writing_planned
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.folder import check_folder
-from adapt_pruner.run.plan import LORA_RANK, most_bytes, phases, seconds, setup_of
+from adapt_pruner.run.plan import LEAN, most_bytes, phases, seconds, setup_of
 from adapt_pruner.run.probe import probed
 from adapt_pruner.run.start import placed, stages
 from adapt_pruner.run.trackers import check_trackers
@@ -57,7 +57,6 @@ _BATCH = 2048  # tokens of a step, if ten fit
 _BATCHES = {_BATCH: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
 _RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that goes, below -> learning rate
 _LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
-_LEAN: Mapping[str, Any] = {"training.weights": "bfloat16", "training.lora.rank": LORA_RANK}
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
 _ENDLESS = 10**12  # tokens of a text that is never used up
@@ -238,7 +237,7 @@ def _that_fits(recipe: Recipe, *, trust_remote_code: bool) -> Recipe:
     chosen = recipe.training.weights == "bfloat16" or recipe.training.lora is not None or recipe.parallel == "fsdp"
     if not trouble or chosen or recipe.dtype == "float32":
         return recipe
-    lean = recipes.read(recipe.model_dump(mode="json", exclude_unset=True), values=_LEAN, shared=True)
+    lean = recipes.read(recipe.model_dump(mode="json", exclude_unset=True), values=LEAN, shared=True)
     _, still = placed(lean, trust_remote_code=trust_remote_code, again=True)
     return recipe if still else lean
 
@@ -366,7 +365,7 @@ def _settings(
         "training.source": work.recipe.training.source, "training.tokens": tokens, "training.batch_tokens": batch,
         "training.length": min(_TRAINING_ROW, longest), "training.lr": rate * (_LARGE_RATE if work.num_params > _LARGE else 1),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
-        "training.gradient_checkpointing": again, **(_LEAN if work.recipe.training.lora is not None else {}),
+        "training.gradient_checkpointing": again, **(LEAN if work.recipe.training.lora is not None else {}),
         **({} if work.loaded.offload == "none" else {"offload": work.loaded.offload}),
         "evaluation.source": work.recipe.evaluation.source, "evaluation.window": min(_WINDOW, longest), "evaluation.max_windows": windows,
     }  # fmt: skip

@@ -8,7 +8,7 @@ format, which mask.json and log.jsonl use too:
     KIND            something that the whole model has once: `residual`, `vocabulary`
 
 A model of two towers has `text.layers`, `text.layers.I.KIND`, `vision.layers` and `vision.layers.I.KIND`. Each tower counts its own
-layers, and what happens to one does not concern the other (`of_tower`).
+layers, and a cut of one tower leaves the other as it is (`of_tower`).
 
 The axis declares everything else, such as the axes it lies inside and whether it may lose every unit. `layers.I.attentions` and
 `layers.I.mlps` have one unit, the whole block of that layer. Removing it removes the axis and all axes inside the block.

@@ -453,7 +453,7 @@ def in_memory(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     yield
     for weight in away:
         (weight.stored,) = weight.shelf.laid_together([weight.data])
-        weight.data, weight.here = absent(weight.shape, dtype=weight.wide, device=weight.device), False
+        weight.drop()
 
 
 @contextmanager
