@@ -8,14 +8,19 @@ import torch
 
 import adapt_pruner as ap
 from adapt_pruner import families
-from adapt_pruner.core.model.axes import Mask, tower_of
+from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.kinds import tower_of
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.data.contrastive import Contrastive
 from adapt_pruner.errors import UsageError
+from adapt_pruner.report.charts import anatomy
+from adapt_pruner.report.figures import figures_of
+from adapt_pruner.report.record import read_record
+from adapt_pruner.report.with_card import run
 from adapt_pruner.score import calibrate, weights
 from adapt_pruner.score.removal import drop
-from conftest import VOCAB, assert_same_model, break_off, log_of, suited, tiny_model
+from conftest import VOCAB, assert_same_model, break_off, log_of, read_json, suited, tiny_model
 from pictures import picture_folder
 from test_towers import LAYOUTS, tiny_processor, tiny_towers
 
@@ -115,8 +120,6 @@ def test_width_goes_before_depth_and_one_tower_before_the_other(clip_folder: Pat
 
 
 def test_a_run_goes_on_where_it_was_killed(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
-    from adapt_pruner.report.with_card import run
-
     training = {"source": str(shown), "length": 26, "tokens": 1664, "batch_tokens": 832}
     recipe = suited(keys(clip_folder, shown, budget="85%", stages=2, training=training, reduce="towers(tower=vision)"))
     run(recipe, tmp_path / "whole")
@@ -126,6 +129,27 @@ def test_a_run_goes_on_where_it_was_killed(clip_folder: Path, shown: Path, tmp_p
     assert [cut["sizes"] for cut in log_of(tmp_path / "whole", "cut")] == [
         cut["sizes"] for cut in log_of(tmp_path / "killed", "cut")
     ]
+
+
+def test_the_page_shows_the_layers_of_both_towers(clip_folder: Path, shown: Path, tmp_path: Path) -> None:
+    run(suited(keys(clip_folder, shown, budget="45%")), tmp_path / "run")
+    chart = anatomy(figures_of(read_record(tmp_path / "run")))
+    assert chart is not None
+    mask = Mask.from_json(read_json(tmp_path / "run" / "model" / "mask.json")).kept
+    depths = [len(mask[f"{tower}.layers"]) for tower in ("text", "vision")]
+    assert chart.layers == list(range(sum(depths)))
+    left = [
+        int(layer) for tower, begin in (("text", 0), ("vision", depths[0])) for layer in begin + mask[f"{tower}.layers"].nonzero()
+    ]
+    for panel, kind in ((panel, {"MLP neurons": "neurons", "KV heads": "kv_heads"}[panel.name]) for panel in chart.panels):
+        names = [
+            f"{tower}.layers.{i}.{kind}" for tower, depth in zip(("text", "vision"), depths, strict=True) for i in range(depth)
+        ]
+        kept = [int(mask[name].sum()) if number in left else 0 for number, name in enumerate(names)]
+        assert panel.left == kept
+    assert f"layers 0 to {depths[0] - 1} are the text tower" in chart.about
+    assert "whole layer" in chart.about
+    assert chart.about in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_tower_that_there_is_not_is_refused(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

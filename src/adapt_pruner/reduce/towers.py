@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from adapt_pruner.core.model.axes import Axis, Mask, tower_of
+from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.model.kinds import tower_of
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import parts

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from adapt_pruner import families
 from adapt_pruner.core.events.run import Searched
-from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
-from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of
+from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of, tower_of
 from adapt_pruner.core.model.shelf import Shelved, numbers_of
 from adapt_pruner.core.system.memory import give_back
 from adapt_pruner.core.system.parts import part

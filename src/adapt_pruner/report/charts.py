@@ -259,6 +259,13 @@ def anatomy(figures: Figures) -> Anatomy | None:
     missing = [layer for layer in layers if layer not in states[-1].layers]
     if missing:
         sentences.append(f"{counted(len(missing), 'whole layer')} went ({', '.join(map(str, missing))})")
+    depths = {name.removesuffix(".layers"): size for name, size in sorted(began.wide.items()) if name.endswith(".layers")}
+    ends = accumulate(depths.values())
+    if depths:
+        towers = (
+            f"{end - size} to {end - 1} are the {name} tower" for (name, size), end in zip(depths.items(), ends, strict=True)
+        )
+        sentences.append(f"layers {', '.join(towers)}")
     sentences += [
         f"the stream is {size:,} channels wide" for kind, size in states[-1].wide.items() if kind in ("residual", "width")
     ]

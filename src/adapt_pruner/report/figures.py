@@ -2,16 +2,17 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import BILL, Evaluation, Event, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.events.run import Answered, Chatted, MasksLearnt, Mixed, Resumed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
-from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of
+from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of, layer_of, tower_of
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
@@ -182,28 +183,40 @@ def figures_of(record: Record) -> Figures:
     )
 
 
-def sizes_of(sizes: Mapping[str, int] | None, left: Sequence[int] | None) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+def first_layers(names: Iterable[str]) -> dict[str, int]:
+    """Tower -> the number of its first layer, where the layers of all towers are counted one after the other."""
+    depths = Counter(tower_of(name) for name in {name.rpartition(".")[0] for name in names if layer_of(name) is not None})
+    towers = sorted(depths)
+    return dict(zip(towers, accumulate((depths[tower] for tower in towers[:-1]), initial=0), strict=False))
+
+
+def sizes_of(
+    sizes: Mapping[str, int] | None, left: Sequence[int] | None, first: Mapping[str, int]
+) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
     """An event's `sizes` by layer, numbered as in the model at the start, and the sizes of axes of the whole model.
 
     Args:
         sizes: axis name -> units; layers have the numbers of that time.
         left: the layers left at that time, by their numbers at the start; None for all.
+        first: what `first_layers` gives of the model at the start.
     """
     layers: dict[int, dict[str, int]] = {}
     wide = {}
     for name, size in (sizes or {}).items():
-        parts = name.split(".")
-        if len(parts) == 3 and parts[1].isdecimal():
-            layer = int(parts[1])
-            if left is None or layer < len(left):
-                layers.setdefault(layer if left is None else left[layer], {})[parts[2]] = size
-        else:
+        layer = layer_of(name)
+        if layer is None:
             wide[name] = size
+            continue
+        begin = first.get(tower_of(name), 0)
+        end = min((other for other in first.values() if other > begin), default=None)
+        numbers = None if left is None else [number for number in left if begin <= number and (end is None or number < end)]
+        if numbers is None or layer < len(numbers):
+            layers.setdefault(begin + layer if numbers is None else numbers[layer], {})[name.rpartition(".")[2]] = size
     return layers, wide
 
 
 def after(
-    cut: events.Cut, layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None
+    cut: events.Cut, layers: Mapping[int, Mapping[str, int]], left: Sequence[int] | None, first: Mapping[str, int]
 ) -> tuple[dict[int, dict[str, int]], Sequence[int] | None]:
     """The sizes by layer, and the layers left, after a cut.
 
@@ -211,8 +224,9 @@ def after(
         cut: its sizes name layers as before the cut.
         layers: the sizes before, by the layers' numbers at the start.
         left: the layers left before, by their numbers at the start; None for all.
+        first: as for `sizes_of`.
     """
-    changed = sizes_of(cut.sizes, left)[0]
+    changed = sizes_of(cut.sizes, left, first)[0]
     left = cut.layers_left if cut.layers_left is not None else left
     now = {layer: {**sizes, **changed.get(layer, {})} for layer, sizes in layers.items() if left is None or layer in left}
     for sizes in now.values():
@@ -279,17 +293,16 @@ def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | Non
     """The model at the start, and after each stage; for a single stage, after each of up to eight groups of its iterations."""
     starts, cuts = record.of(Start), [cut for cut in record.of(events.Cut) if cut.sizes]
     params = starts[0].now or starts[0].params or 0 if starts else 0
-    began = None
-    if starts and starts[0].began:
-        began = State(called, params, *sizes_of(starts[0].began, None))
-    if began is None and record.mask:
-        began = State(called, params, *sizes_of({name: size for name, (size, _) in record.mask.items()}, None))
+    names = (starts[0].began if starts else None) or {name: size for name, (size, _) in (record.mask or {}).items()}
+    first = first_layers(names)
+    began = State(called, params, *sizes_of(names, None, first)) if names else None
     if (began is None or not began.layers) and cuts:
-        first, wide = sizes_of(cuts[0].sizes, None)
-        kinds = {kind for layer in first.values() for kind in layer}
-        most = {kind: max(layer.get(kind, 0) for layer in first.values()) for kind in kinds}
-        began = State(called, params, {layer: dict(most) for layer in first}, wide)
-        if first:
+        first = first_layers(cuts[0].sizes or {})
+        sizes, wide = sizes_of(cuts[0].sizes, None, first)
+        kinds = {kind for layer in sizes.values() for kind in layer}
+        most = {kind: max(layer.get(kind, 0) for layer in sizes.values()) for kind in kinds}
+        began = State(called, params, {layer: dict(most) for layer in sizes}, wide)
+        if sizes:
             notes.append(
                 "the sizes of the dense model are not in the log; shown in their place are the largest after the first cut"
             )
@@ -297,8 +310,8 @@ def _anatomy(record: Record, notes: list[str], called: str) -> tuple[State | Non
     left: Sequence[int] | None = starts[0].layers_left if starts else None
     whole = dict(began.layers) if began else {}
     for cut in cuts:
-        wide = sizes_of(cut.sizes, left)[1]
-        whole, left = after(cut, whole, left)
+        wide = sizes_of(cut.sizes, left, first)[1]
+        whole, left = after(cut, whole, left, first)
         label = f"stage {cut.stage or 1}, iteration {cut.iteration or len(states) + 1}"
         states.append(State(label, cut.params, whole, wide))
     return began, _grouped(cuts, states)

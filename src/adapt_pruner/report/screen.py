@@ -27,7 +27,7 @@ from adapt_pruner.core.model.kinds import HEADS
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.core.system.terminal import console as console_on
 from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
-from adapt_pruner.report.figures import after, sizes_of
+from adapt_pruner.report.figures import after, first_layers, sizes_of
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
 _TOLD_EVERY = 0.25  # the same, for lines of JSON
@@ -118,15 +118,17 @@ class Bars:
         self._began: dict[int, dict[str, int]] = {}
         self._now: dict[int, dict[str, int]] = {}
         self._left: Sequence[int] | None = None
+        self._first: dict[str, int] = {}
 
     def hear(self, event: Event) -> None:
         """Take in a start or a cut. A log without the original sizes gives no bars."""
         if isinstance(event, Start) and event.began:
-            self._began, self._left = sizes_of(event.began, None)[0], event.layers_left
-            sizes = sizes_of(event.sizes, self._left)[0]
+            self._first = first_layers(event.began)
+            self._began, self._left = sizes_of(event.began, None, self._first)[0], event.layers_left
+            sizes = sizes_of(event.sizes, self._left, self._first)[0]
             self._now = {layer: sizes[layer] for layer in self._began if layer in sizes}
         elif isinstance(event, Cut) and self._began:
-            self._now, self._left = after(event, self._now, self._left)
+            self._now, self._left = after(event, self._now, self._left, self._first)
 
     def lines(self, width: int) -> list[str]:
         """Bars of neurons, and of heads if one is gone; side by side if `width` characters are enough."""

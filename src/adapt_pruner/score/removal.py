@@ -7,8 +7,9 @@ from typing import Annotated
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.kinds import tower_of
 from adapt_pruner.core.model.precision import casting_once, precision
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system.parts import part

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from adapt_pruner.core.model.kinds import kind_of
+from adapt_pruner.core.model.kinds import kind_of, layer_of, tower_of
 
 _MOST_UNITS = 2**24  # in a description of a mask; no vocabulary has as many tokens
 
@@ -175,19 +175,7 @@ class Axis:
     @property
     def layer(self) -> int | None:
         """The index of the decoder layer the axis lies in; None for an axis of the whole model."""
-        return _layer(self.name)
-
-
-def _layer(name: str) -> int | None:
-    """I of a name `layers.I.KIND`; None for other names."""
-    head, _, rest = name.removeprefix(tower_of(name)).partition(".")
-    return int(rest.partition(".")[0]) if head == "layers" and rest else None
-
-
-def tower_of(name: str) -> str:
-    """`text.` of `text.layers.3.neurons`: the tower that an axis lies in; empty where a model has only one, or of the whole model."""
-    head, layers, _ = name.partition("layers")
-    return head if layers and head.endswith(".") else ""
+        return layer_of(self.name)
 
 
 def towers_of(axes: Iterable[Axis]) -> list[str]:
@@ -210,7 +198,7 @@ def of_tower(axes: Iterable[Axis], tower: str) -> list[Axis]:
 
 def in_layer(name: str, numbers: Sequence[int] | None) -> str:
     """The name with `numbers[I]` for its layer I; unchanged if it names no layer or there are no numbers."""
-    layer = _layer(name)
+    layer = layer_of(name)
     return name if layer is None or numbers is None else f"layers.{numbers[layer]}.{name.rpartition('.')[2]}"
 
 
@@ -285,7 +273,7 @@ class Mask:
 
     def renamed(self, name: str) -> str | None:
         """The axis's name after a cut by this mask: layers above a removed one move down; None if its own layer is removed."""
-        tower, layer = tower_of(name), _layer(name)
+        tower, layer = tower_of(name), layer_of(name)
         stays = self.kept.get(f"{tower}layers")
         if stays is None or layer is None:
             return name
@@ -327,19 +315,19 @@ class Mask:
         for name, keep in later.kept.items():
             if name == "layers":
                 continue
-            layer = _layer(name)
+            layer = layer_of(name)
             if stayed is not None and layer is not None and layer >= len(stayed):
                 raise ValueError(f"later mask names {name!r}, but only {len(stayed)} layers are left")
             dense = in_layer(name, stayed)
             if keep.any() and dense not in enclosing and layer is not None:
-                if layer in _without_block(later.kept) or (now is not None and _layer(dense) not in now):
+                if layer in _without_block(later.kept) or (now is not None and layer_of(dense) not in now):
                     continue
-                if _layer(dense) in _without_block(self.kept):
+                if layer_of(dense) in _without_block(self.kept):
                     raise ValueError(f"later mask of {dense!r} has {keep.numel()} units, but 0 are left")
             result[dense] = self._followed(dense, keep, enclosing.get(dense, ()))
         lost, both = _without_block(result), {}
         for name, keep in result.items():
-            layer = _layer(name)
+            layer = layer_of(name)
             if layer is not None and now is not None and layer not in now:
                 continue
             if layer in lost and keep.any() and name not in enclosing:
@@ -456,4 +444,4 @@ def _check_something_stays(axis: Axis, keep: Tensor) -> None:
 
 def _without_block(kept: Mapping[str, Tensor]) -> set[int | None]:
     """The layers that lost a block: one of their axes keeps nothing."""
-    return {_layer(name) for name, keep in kept.items() if not keep.any()}
+    return {layer_of(name) for name, keep in kept.items() if not keep.any()}

@@ -23,3 +23,15 @@ LABELS = {
 def kind_of(name: str) -> str:
     """The kind of an axis, from its name `layers`, `layers.I.KIND` or KIND."""
     return name.rpartition(".")[2]
+
+
+def layer_of(name: str) -> int | None:
+    """I of a name `layers.I.KIND`; None for other names."""
+    head, _, rest = name.removeprefix(tower_of(name)).partition(".")
+    return int(rest.partition(".")[0]) if head == "layers" and rest else None
+
+
+def tower_of(name: str) -> str:
+    """`text.` of `text.layers.3.neurons`: the tower that an axis lies in; empty where a model has only one, or of the whole model."""
+    head, layers, _ = name.partition("layers")
+    return head if layers and head.endswith(".") else ""

@@ -18,9 +18,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of
+from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
-from adapt_pruner.core.model.kinds import HEADS
+from adapt_pruner.core.model.kinds import HEADS, tower_of
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
 

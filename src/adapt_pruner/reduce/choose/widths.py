@@ -8,8 +8,8 @@ wanted loses it later, since the chooser is asked again with the actual sizes.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from adapt_pruner.core.model.axes import Axis, Mask, Scores, tower_of, towers_of
-from adapt_pruner.core.model.kinds import HEADS
+from adapt_pruner.core.model.axes import Axis, Mask, Scores, towers_of
+from adapt_pruner.core.model.kinds import HEADS, tower_of
 from adapt_pruner.errors import UsageError
 
 
