@@ -40,6 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1}, "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 8, "moe_topk": 2},
     "ministral": {"head_dim": 128}, "mistral": {"sliding_window": None}, "nemotron": {"num_key_value_heads": 8},
+    "qwen3_moe": {"norm_topk_prob": True},
 }  # fmt: skip
 """Fields that real configs of a type have and its config class leaves out."""
 

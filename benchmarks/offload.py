@@ -119,7 +119,7 @@ def forecast(recipe: Recipe, like: str, layers: int, offload: Any) -> int:
     samples = len(json.loads(Path(str(recipe.calibration.ids)).read_text())["input_ids"])
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": samples})})
     work = Work.of(model, recipe)
-    work.stages = stages(work, start=work.num_params, end=work.num_params)
+    work.stages = stages(work, start=work.num_params, end=work.budget.keep)
     how = replace(setup_of(work, device=torch.device("cpu")), offload=offload)
     parts = memory(work, how)["pruning"]
     print("   ", {name: f"{size / GIB:.2f}" for name, size in parts.items() if size})

@@ -24,6 +24,7 @@ from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.export import export, gguf, gguf_tokenizer, verify
 from adapt_pruner.export.engines import torch_engine
 from adapt_pruner.export.loading import GGUF_TYPES, no_gguf
+from adapt_pruner.grow import with_experts
 from adapt_pruner.report import with_card
 from conftest import LAYOUTS, tiny_config, tiny_model
 from test_cli import call
@@ -504,3 +505,35 @@ def test_a_file_for_each_number_format(
     assert status == 2
     assert "x-f16.gguf exists" in err
     assert not (tmp_path / "x-bf16.gguf").exists(), "nothing is written if one of them cannot be"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_experts_compute_in_llama_cpp_what_they_do_here(kind: str, tmp_path: Path) -> None:
+    """As grown, with experts that differ: Mixtral and Qwen3-MoE, in float32 and 8 bits."""
+    model = with_experts(tiny_model(("llama", kind), vocab_size=VOCAB), 4, 2)
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj.data.mul_(torch.rand(4, 1, 1, generator=torch.Generator().manual_seed(3)) * 4)
+    loaded = as_loaded(model, bpe())
+    assert export(loaded, tmp_path / "x.gguf", to="gguf") == []
+    arch = GGUF_TYPES[model.config.model_type]
+    found = fields(tmp_path / "x.gguf")
+    assert (found["general.architecture"], found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"]) == (arch, 4, 2)
+    assert found[f"{arch}.expert_feed_forward_length"] == model.config.intermediate_size
+    result = compared(loaded, tmp_path / "x.gguf")
+    assert result["passed"], result["failures"]
+    assert result["max_difference"] < 1e-4
+    export(loaded, tmp_path / "q8.gguf", to="gguf", quant="q8_0")
+    assert (result := compared(loaded, tmp_path / "q8.gguf"))["passed"], result["failures"]
+
+
+def test_experts_that_llama_cpp_would_compute_otherwise_are_refused(tmp_path: Path) -> None:
+    model = with_experts(tiny_model(("llama", "qwen3"), vocab_size=VOCAB), 4, 2)
+    model.config.norm_topk_prob = False
+    assert "norm_topk_prob" in (no_gguf(model.config.to_dict()) or "")
+    with pytest.raises(UsageError, match="norm_topk_prob"):
+        export(as_loaded(model, bpe()), tmp_path / "x.gguf", to="gguf")
+    model = with_experts(tiny_model(("llama", "llama"), vocab_size=VOCAB), 4, 2)
+    cut(model, families.axes(model), Mask({"layers.1.experts": torch.tensor([True, False, True, True])}))
+    with pytest.raises(UsageError, match="only in layers that are all alike, and those of this model differ"):
+        export(as_loaded(model, bpe()), tmp_path / "y.gguf", to="gguf")
+    assert not list(tmp_path.iterdir())

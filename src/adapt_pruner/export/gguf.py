@@ -7,6 +7,7 @@ that also takes the biases of Qwen2. `openelm` normalises queries and keys as Qw
     Llama, Mistral, Qwen2 layouts          deci
     Qwen3 with tied embeddings             openelm
     Qwen3 untied, Gemma 3                  its own, every layer zero-padded to the widest
+    experts (Mixtral, Qwen3-MoE)           its own; layers that differ are refused
 
 The weights come one by one from the checkpoint's files and go into the file in their final type. Only k-quants, and the head beside
 other types of 4 and 5 bits, are left to llama.cpp, which makes the file from one that has them as stored.
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite, or_unwritten, unwritten
@@ -65,7 +67,7 @@ _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "mlp.gate": "ffn_gate_inp",
 }  # fmt: skip
 _GEMMA_NAMES = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
@@ -80,6 +82,7 @@ class _Plan:
     arch: str
     sizes: tuple[LayerSizes, ...]
     head_dim: int
+    experts: int = 0
 
     @property
     def pairs_neighbours(self) -> bool:
@@ -229,8 +232,11 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     if (trouble := not_computed(config.to_dict(), config.model_type)) is not None:
         raise UsageError(f"llama.cpp cannot hold this model: {trouble}; use the form padded, or try onnx")
     notes = []
-    sizes = layer_sizes(model)
-    sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
+    if hasattr(model.model.layers[0].mlp, "experts"):
+        sizes, experts = _of_experts(model)
+    else:
+        sizes, experts = layer_sizes(model), 0
+        sizes = [replace(size, neurons=-(-size.neurons // multiple) * multiple) for size in sizes]
     arch, head_dim = GGUF_TYPES[config.model_type], model.model.layers[0].self_attn.head_dim
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -262,7 +268,28 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     window = getattr(config, "sliding_window", None)
     if arch != "gemma3" and window and window < config.max_position_embeddings and _slides(config):
         notes.append(f"llama.cpp has no sliding window for this model, so its context is set to the window of {window:,} tokens")
-    return _Plan(arch, tuple(sizes), head_dim), notes
+    return _Plan(arch, tuple(sizes), head_dim, experts), notes
+
+
+def _of_experts(model: Any) -> tuple[list[LayerSizes], int]:
+    """The sizes of layers with experts, whose neurons are those of one expert, and the number of experts.
+
+    Raises:
+        UsageError: layers differ.
+    """
+    by_layer: dict[int, dict[str, int]] = {}
+    for axis in families.axes(model):
+        if axis.layer is not None:
+            by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    alike = {tuple(sorted(sizes.items())) for sizes in by_layer.values()}
+    if len(alike) > 1 or "experts" not in dict(*alike):
+        raise UsageError(
+            "llama.cpp holds experts only in layers that are all alike, and those of this model differ; prune with "
+            f"{settings({'equal_widths': True})}, or use the checkpoint as it is"
+        )
+    (only,) = (dict(sizes) for sizes in alike)
+    neurons = model.model.layers[0].mlp.experts.down_proj.shape[-1]
+    return [LayerSizes(only["kv_heads"], only["query_heads"], neurons)] * len(by_layer), only["experts"]
 
 
 def _slides(config: Any) -> bool:
@@ -289,7 +316,7 @@ def _entries(gguf: Any, shapes: Mapping[str, Tensor], quant: str) -> tuple[dict[
     for name, tensor in shapes.items():
         row, stored = tensor.shape[-1], _NAME.get(tensor.dtype, "f32")
         made = quant in _BLOCKS and (name != head or quant == "q8_0" or row % _K_BLOCK > 0)
-        if tensor.dim() == 1:
+        if tensor.dim() == 1 or _is_router(name):
             kind = "f32"
         elif quant in _NAME.values():
             kind = quant
@@ -322,7 +349,8 @@ def _write(
         writer.write_padding(file, file.tell())
         for name, tensor in _tensors(loaded.model, plan, read):
             entry = entries[name]
-            for part in tensor.detach().split(max(1, _AT_ONCE // tensor.shape[-1])):
+            rows = tensor.detach().flatten(0, -2) if tensor.dim() > 2 else tensor.detach()
+            for part in rows.split(max(1, _AT_ONCE // tensor.shape[-1])):
                 gguf.quants.quantize(part.float().contiguous().numpy(), entry.kind).tofile(file)
             writer.write_padding(file, entry.num_bytes)
     finally:
@@ -364,6 +392,10 @@ def _add_keys(gguf: Any, writer: Any, loaded: Loaded, plan: _Plan, quant: str) -
         (writer.add_feed_forward_length, [size.neurons for size in sizes]),
     ):
         add(values if by_layer else values[0])
+    if plan.experts:
+        writer.add_expert_count(plan.experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(sizes[0].neurons)
     writer.add_key_length(plan.head_dim)
     writer.add_value_length(plan.head_dim)
     writer.add_rope_dimension_count(plan.head_dim)
@@ -390,7 +422,7 @@ def _tensors(model: Any, plan: _Plan, read: Callable[[str], Tensor]) -> Iterator
     if rope.get("rope_type") == "llama3":  # by which llama.cpp divides the frequencies of a plain rope
         plain = rope["rope_theta"] ** (-torch.arange(0, plan.head_dim, 2, dtype=torch.float64) / plan.head_dim)
         yield "rope_freqs.weight", (plain / type(model.model.rotary_emb)(model.config).inv_freq).float()
-    widened = widening(model, plan.sizes)
+    widened = (lambda name, tensor: tensor) if plan.experts else widening(model, plan.sizes)
     for full in model.state_dict():
         module, _, leaf = full.rpartition(".")
         if full == "lm_head.weight" and tied:
@@ -402,6 +434,10 @@ def _tensors(model: Any, plan: _Plan, read: Callable[[str], Tensor]) -> Iterator
             yield f"{names[module]}.{leaf}", tensor
             continue
         layer, _, inner = module.removeprefix("model.layers.").partition(".")
+        if inner == "mlp.experts":
+            parts = zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True) if leaf == "gate_up_proj" else [("down", tensor)]
+            yield from ((f"blk.{layer}.ffn_{name}_exps.weight", part) for name, part in parts)
+            continue
         if plan.pairs_neighbours and inner in ("self_attn.q_proj", "self_attn.k_proj"):
             tensor = _neighbours(tensor, plan.head_dim)
         if plan.arch == "openelm" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
@@ -418,9 +454,18 @@ def _neighbours(tensor: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(tensor.shape)
 
 
+def _is_router(name: str) -> bool:
+    """Whether it is the weight of a router, which stays as exact as norms."""
+    return name.endswith("ffn_gate_inp.weight")
+
+
 def _left_wide(shapes: Mapping[str, Tensor], quant: str) -> list[str]:
     """A sentence on matrices that stay in 16 bits because their rows are not whole blocks; empty if there are none."""
-    widths = [tensor.shape[-1] for tensor in shapes.values() if tensor.dim() > 1 and tensor.shape[-1] % _BLOCK]
+    widths = [
+        tensor.shape[-1]
+        for name, tensor in shapes.items()
+        if tensor.dim() > 1 and tensor.shape[-1] % _BLOCK and not _is_router(name)
+    ]
     if not widths:
         return []
     return [

@@ -5,7 +5,10 @@ from typing import Any
 
 from adapt_pruner.checkpoint.compatible_names import stock_type
 
-GGUF_TYPES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3"}
+GGUF_TYPES = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
+}  # fmt: skip
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
 _LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does
 
@@ -138,6 +141,8 @@ def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
             return "its gemma3 has no attention biases and looks backwards only"
     elif config["hidden_act"] != "silu":
         return f"it computes silu, and this model has {config['hidden_act']}"
+    if kind == "qwen3_moe" and not config.get("norm_topk_prob"):
+        return "its qwen3moe makes the weights of the chosen experts sum to 1, and this model does not (norm_topk_prob)"
     for rope in ropes_of(config.get("rope_parameters") or {}):
         scaling = rope.get("rope_type", "default")
         if scaling not in ("default", "linear", *(["llama3"] if kind in _LLAMAS else [])):

@@ -299,31 +299,40 @@ def pruning_memory(
 
 
 def repair_memory(
-    of: Shapes, how: Setup, *, samples: int, length: int, moments: bool, chosen: bool = False, sequential: bool = False
+    of: Shapes,
+    how: Setup,
+    *,
+    samples: int,
+    length: int,
+    moments: bool,
+    stays: float = 1.0,
+    chosen: bool = False,
+    sequential: bool = False,
 ) -> dict[str, int]:
     """Bytes of one process at the peak of a least-squares repair, by what holds them (`reduce.repair.closed_form`).
 
     The text goes through one layer after the other. For each gate of a layer, the products of its features are summed in float32:
     F² of them, twice with `sequential`, and twice if the ridge is chosen on a second part of the text. The widest system is
-    solved in float64, with F² numbers and F outputs of width H, three times if the ridge is chosen. If few features go, as in
-    small steps, F is nearly the number that stay.
+    solved in float64: of K features that stay, K² numbers and K outputs of width H, three times if the ridge is chosen. K is
+    `stays` of F; a layer that loses less than the mean takes more.
 
     Args:
         samples: rows of text that the repair reads.
         length: tokens of a row.
         moments: whether the optimiser's moments are carried.
+        stays: the share of the features that the first cut leaves.
         chosen: whether the ridge is chosen.
         sequential: whether the inputs behind the pruned layers are seen, too.
     """
     tokens, heads = length * -(-samples // how.processes), of.queries // of.layers
-    matrices = (1 + sequential) * (1 + chosen)
+    matrices, kept = (1 + sequential) * (1 + chosen), round(stays * of.widest)
     return {
         **_held(of, how, moments=moments),
         "hidden states": 4 * tokens * (1 + sequential) * of.width,
         "inputs": 4 * tokens * (of.widest + heads) * sequential,
         "weights at hand": how.at_hand(of.largest, ahead=of.largest),
         "products": 4 * matrices * (of.widest**2 + heads**2),
-        "system": 8 * of.widest * (of.widest + (1 + 2 * chosen) * of.width + closed_form.ROWS),
+        "system": 8 * kept * (kept + (1 + 2 * chosen) * of.width + closed_form.ROWS),
     }
 
 

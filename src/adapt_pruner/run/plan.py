@@ -239,11 +239,13 @@ def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, 
         samples = calibration.samples + calibration.self_generated + calibration.repair_samples
         options = parts.bind("repair", recipe.repair).keywords
         chosen, sequential = options.get("ridge", 0) is None, bool(options.get("sequential"))
+        first = work.stages[0].params if work.stages else work.num_params
+        goes = min(work.step, (work.num_params - first) / shapes(work.model).decoder)
         passes.append(
             repair_memory(
-                dense, how, samples=samples, length=calibration.length, moments=moments, chosen=chosen, sequential=sequential
+                dense, how, samples=samples, length=calibration.length, moments=moments, stays=1 - goes, chosen=chosen, sequential=sequential,
             )
-        )
+        )  # fmt: skip
     peaks = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)
