@@ -1,6 +1,6 @@
 """Time, peak memory and hits of a model whose experts are read as routers choose them, against reading layers and against memory.
 
-    python benchmarks/hot_experts.py [--model DIR] [--tokens 64] [--folder DIR]
+    python benchmarks/hot_experts.py [--model DIR] [--tokens 64] [--folder DIR] [--rate MB] [--no-guesses]
 
 The model writes `--tokens` tokens, greedily, in one process for each way:
 
@@ -9,7 +9,8 @@ The model writes `--tokens` tokens, greedily, in one process for each way:
     1 … 0     experts are read as they are chosen; this share of all experts may stay in memory
 
 Without --model a random Qwen3-MoE of 8 layers with 32 experts is made, which takes 0.3 GB; the routers of a trained model choose less
-evenly, and so hit more. One JSON line for each way.
+evenly, and so hit more. `--rate` slows the reading of experts to so many megabytes a second, as from a slower disk, and `--no-guesses`
+reads none for the next layer. One JSON line for each way.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load_that_fits, locate
+from adapt_pruner.core.model import hot_experts
 from adapt_pruner.core.model.hot_experts import one_by_one
 from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.memory import peak_rss_bytes
@@ -39,14 +41,33 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--folder", type=Path, default=cache_folder() / "hot-experts")
     parser.add_argument("--way", choices=WAYS, help="only this one, in this process")
+    parser.add_argument("--rate", type=float, help="megabytes a second")
+    parser.add_argument("--no-guesses", action="store_true")
     args = parser.parse_args()
+    if args.rate is not None:
+        slowed(args.rate * 1e6)
+    if args.no_guesses:
+        setattr(hot_experts._Layer, "likely", lambda layer, states, number: [])  # noqa: B010
     model = args.model or str(made(args.folder / "model"))
     if args.way is not None:
         print(to_json(figures(model, args.way, tokens=args.tokens)), flush=True)
         return
     for way in WAYS:
-        command = [sys.executable, __file__, "--model", model, "--tokens", str(args.tokens), "--way", way]
+        command = [sys.executable, *sys.argv, "--model", model, "--way", way]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
+def slowed(rate: float) -> None:
+    """Reading an expert takes as long as from a disk that gives `rate` bytes a second."""
+    read = hot_experts.Hot._read
+
+    def slow(hot: hot_experts.Hot, key: tuple[str, int]) -> torch.Tensor:
+        began = time.perf_counter()
+        numbers = read(hot, key)
+        time.sleep(max(0.0, numbers.nbytes / rate - (time.perf_counter() - began)))
+        return numbers
+
+    setattr(hot_experts.Hot, "_read", slow)  # noqa: B010
 
 
 def made(folder: Path) -> Path:
