@@ -533,6 +533,11 @@ def test_experts_that_llama_cpp_would_compute_otherwise_are_refused(tmp_path: Pa
     with pytest.raises(UsageError, match="norm_topk_prob"):
         export(as_loaded(model, bpe()), tmp_path / "x.gguf", to="gguf")
     model = with_experts(tiny_model(("llama", "llama"), vocab_size=VOCAB), 4, 2)
+    model.config.output_bias = True
+    assert "biases that a repair added" in (no_gguf(model.config.to_dict()) or "")
+    with pytest.raises(UsageError, match="no place for the biases that a repair gave this"):
+        export(as_loaded(model, bpe()), tmp_path / "z.gguf", to="gguf")
+    model.config.output_bias = False
     cut(model, families.axes(model), Mask({"layers.1.experts": torch.tensor([True, False, True, True])}))
     with pytest.raises(UsageError, match="only in layers that are all alike, and those of this model differ"):
         export(as_loaded(model, bpe()), tmp_path / "y.gguf", to="gguf")

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import Loaded
 from adapt_pruner.checkpoint.origin import origin
 from adapt_pruner.checkpoint.save import check_finite, or_unwritten, unwritten
@@ -44,8 +43,8 @@ from adapt_pruner.errors import RunError, UsageError, first_line, nearest, setti
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.gguf_tokenizer import add_tokenizer
-from adapt_pruner.export.loading import GGUF_TYPES, misread, not_computed, ropes_of
-from adapt_pruner.export.padding import LayerSizes, check_layers, layer_sizes, widening, widest
+from adapt_pruner.export.loading import GGUF_TYPES, LLAMAS, misread, not_computed, ropes_of
+from adapt_pruner.export.padding import LayerSizes, check_layers, kinds_by_layer, layer_sizes, widening, widest
 
 ABOUT = "one file for llama.cpp and what is built on it"
 
@@ -240,7 +239,7 @@ def _planned(model: Any, *, multiple: int) -> tuple[_Plan, list[str]]:
     arch, head_dim = GGUF_TYPES[config.model_type], model.model.layers[0].self_attn.head_dim
     extra_biases = bool(getattr(config, "output_bias", False))
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    if extra_biases and arch not in ("llama", "qwen2"):
+    if extra_biases and config.model_type not in LLAMAS:
         raise UsageError(
             f"llama.cpp has no place for the biases that a repair gave this {arch} model; export it to onnx, or prune with {settings({'repair': None})}"
         )
@@ -277,19 +276,14 @@ def _of_experts(model: Any) -> tuple[list[LayerSizes], int]:
     Raises:
         UsageError: layers differ.
     """
-    by_layer: dict[int, dict[str, int]] = {}
-    for axis in families.axes(model):
-        if axis.layer is not None:
-            by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
-    alike = {tuple(sorted(sizes.items())) for sizes in by_layer.values()}
-    if len(alike) > 1 or "experts" not in dict(*alike):
+    layers = kinds_by_layer(model)
+    if any(sizes != layers[0] for sizes in layers) or "experts" not in layers[0]:
         raise UsageError(
             "llama.cpp holds experts only in layers that are all alike, and those of this model differ; prune with "
             f"{settings({'equal_widths': True})}, or use the checkpoint as it is"
         )
-    (only,) = (dict(sizes) for sizes in alike)
     neurons = model.model.layers[0].mlp.experts.down_proj.shape[-1]
-    return [LayerSizes(only["kv_heads"], only["query_heads"], neurons)] * len(by_layer), only["experts"]
+    return [LayerSizes(layers[0]["kv_heads"], layers[0]["query_heads"], neurons)] * len(layers), layers[0]["experts"]
 
 
 def _slides(config: Any) -> bool:
@@ -349,8 +343,7 @@ def _write(
         writer.write_padding(file, file.tell())
         for name, tensor in _tensors(loaded.model, plan, read):
             entry = entries[name]
-            rows = tensor.detach().flatten(0, -2) if tensor.dim() > 2 else tensor.detach()
-            for part in rows.split(max(1, _AT_ONCE // tensor.shape[-1])):
+            for part in tensor.detach().reshape(-1, tensor.shape[-1]).split(max(1, _AT_ONCE // tensor.shape[-1])):
                 gguf.quants.quantize(part.float().contiguous().numpy(), entry.kind).tofile(file)
             writer.write_padding(file, entry.num_bytes)
     finally:

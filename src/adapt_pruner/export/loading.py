@@ -10,7 +10,7 @@ GGUF_TYPES = {
     "qwen3_moe": "qwen3moe",
 }  # fmt: skip
 """The model types that `export --to gguf` can write -> llama.cpp's architecture."""
-_LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does
+LLAMAS = ("llama", "mistral", "qwen2")  # those that can be written as a Llama, whose graph scales positions as Llama 3 does
 
 
 def layers_of(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,7 +126,7 @@ def no_gguf(config: Mapping[str, Any]) -> str | None:
     kind = stock_type(config)
     if kind not in GGUF_TYPES:
         return f"the export knows no form for models of type {kind}"
-    if config.get("output_bias") and kind not in _LLAMAS:
+    if config.get("output_bias") and kind not in LLAMAS:
         return "it has no place for the biases that a repair added"
     return not_computed(config, kind)
 
@@ -145,7 +145,7 @@ def not_computed(config: Mapping[str, Any], kind: str) -> str | None:
         return "its qwen3moe makes the weights of the chosen experts sum to 1, and this model does not (norm_topk_prob)"
     for rope in ropes_of(config.get("rope_parameters") or {}):
         scaling = rope.get("rope_type", "default")
-        if scaling not in ("default", "linear", *(["llama3"] if kind in _LLAMAS else [])):
+        if scaling not in ("default", "linear", *(["llama3"] if kind in LLAMAS else [])):
             return f"rope scaling {scaling!r} of a model of type {kind} is not written to GGUF"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             return "a rope over a part of a head is not written to GGUF"

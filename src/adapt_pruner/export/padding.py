@@ -39,23 +39,29 @@ class LayerSizes:
         return self.kv_heads * self.query_heads
 
 
+def kinds_by_layer(model: Any) -> list[dict[str, int]]:
+    """For each layer, kind of axis -> number of units."""
+    by_layer: dict[int, dict[str, int]] = {}
+    for axis in families.axes(model):
+        if axis.layer is not None:
+            by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    return [sizes for _, sizes in sorted(by_layer.items())]
+
+
 def layer_sizes(model: Any) -> list[LayerSizes]:
     """The sizes of each layer, read from the weights.
 
     Raises:
         UsageError: layers have no heads or no neurons whose number may change.
     """
-    by_layer: dict[int, dict[str, int]] = {}
-    for axis in families.axes(model):
-        if axis.layer is not None:
-            by_layer.setdefault(axis.layer, {})[axis.kind] = axis.size
+    layers = kinds_by_layer(model)
     for kind in (*USUAL, "query_heads"):
-        if any(kind not in sizes for sizes in by_layer.values()):
+        if any(kind not in sizes for sizes in layers):
             raise UsageError(
                 f"this export sets the number of {LABELS[kind]} of each layer, which this model does not let change; use the checkpoint as "
                 "it is, or export it --to onnx"
             )
-    return [LayerSizes(sizes["kv_heads"], sizes["query_heads"], sizes["neurons"]) for _, sizes in sorted(by_layer.items())]
+    return [LayerSizes(sizes["kv_heads"], sizes["query_heads"], sizes["neurons"]) for sizes in layers]
 
 
 def widest(sizes: Sequence[LayerSizes]) -> LayerSizes:
