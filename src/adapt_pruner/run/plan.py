@@ -232,6 +232,7 @@ def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, 
         pruning_memory, dense, how, samples=calibration.samples, length=calibration.length, moments=moments,
         reads=use.forward or recipe.evaluation.source is not None,
     )  # fmt: skip
+    after = dense.cut_to(round(dense.params * work.stages[0].params / work.num_params)) if work.stages else dense
     passes = [scoring(evidence=use.evidence)]
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
@@ -239,19 +240,16 @@ def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, 
         samples = calibration.samples + calibration.self_generated + calibration.repair_samples
         options = parts.bind("repair", recipe.repair).keywords
         chosen, sequential = options.get("ridge", 0) is None, bool(options.get("sequential"))
-        first = work.stages[0].params if work.stages else work.num_params
-        goes = min(work.step, (work.num_params - first) / shapes(work.model).decoder)
+        stays = max(1 - recipe.step, after.decoder / dense.decoder)
         passes.append(
             repair_memory(
-                dense, how, samples=samples, length=calibration.length, moments=moments, stays=1 - goes, chosen=chosen, sequential=sequential,
+                dense, how, samples=samples, length=calibration.length, moments=moments, stays=stays, chosen=chosen, sequential=sequential,
             )
         )  # fmt: skip
     peaks = {"pruning": max(passes, key=lambda parts: sum(parts.values()))}
     if recipe.training.tokens:
         while_cutting = "training" in parts.needs("reduce", recipe.reduce)
-        peaks["training"] = training_memory(
-            dense if while_cutting else dense.cut_to(round(dense.params * work.stages[0].params / work.num_params)), how
-        )
+        peaks["training"] = training_memory(dense if while_cutting else after, how)
     return peaks
 
 
