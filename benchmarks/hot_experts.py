@@ -26,7 +26,6 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load_that_fits, locate
 from adapt_pruner.core.model import hot_experts
-from adapt_pruner.core.model.hot_experts import one_by_one
 from adapt_pruner.core.system.files import cache_folder
 from adapt_pruner.core.system.memory import peak_rss_bytes
 from adapt_pruner.core.system.strict_json import to_json
@@ -96,7 +95,7 @@ def figures(name: str, way: str, *, tokens: int) -> dict[str, object]:
     experts = {piece.parameter for axis in axes if axis.per_token for piece in axis.slices}
     held = sum(weights[name].numel() for name in experts) * loaded.dtype.itemsize
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
-    reading = nullcontext() if way in ("memory", "layers") else one_by_one(model, axes, room=int(float(way) * held))
+    reading = nullcontext() if way in ("memory", "layers") else hot_experts.one_by_one(model, axes, room=int(float(way) * held))
     ready = time.perf_counter()
     with reading as hot:
         model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)

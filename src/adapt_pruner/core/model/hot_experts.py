@@ -9,7 +9,6 @@ As soon as a router has chosen, a second thread reads the missing experts of its
 layer's router is likely to choose: the ones that it would choose for the tokens of this layer.
 """
 
-import itertools
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.hooks import attached
-from adapt_pruner.core.model.shelf import Shelved
+from adapt_pruner.core.model.shelf import Shelved, numbers_of
 
 _Key = tuple[str, int]
 """The name of a parameter of experts, and the number of an expert."""
@@ -61,7 +60,7 @@ class Hot:
         """The share of the needed entries that were in memory."""
         return self.hits / max(1, self.hits + self.misses)
 
-    def expect(self, keys: Sequence[_Key], guesses: Sequence[_Key] = (), *, ahead: int = 1) -> None:
+    def expect(self, keys: Sequence[_Key], guesses: Sequence[_Key], *, ahead: int) -> None:
         """Begin to read those of the entries that are not here: `keys`, then `guesses` of the next layer, at most `ahead` before they are taken."""
         needed, self._ahead = set(keys), ahead
         self.right += len(self._guessed & needed)
@@ -149,11 +148,10 @@ def one_by_one(model: Any, axes: Sequence[Axis], *, room: int) -> Iterator[Hot]:
         room: bytes. Those that a token needs in one layer may be read before, besides.
     """
     hot = Hot(room)
-    routed = [axis for axis in axes if axis.gate.kind == "routed"]
-    layers = [_Layer(model, axis, hot) for axis in routed]
+    layers = [_Layer(model, axis, hot) for axis in axes if axis.gate.kind == "routed"]
     with ExitStack() as stack:
         stack.callback(hot.close)
-        for layer, following in itertools.zip_longest(layers, layers[1:]):
+        for layer, following in zip(layers, [*layers[1:], None], strict=False):
             stack.enter_context(layer.entry_wise(following))
         if layers:
             stack.callback(setattr, model.config, "_experts_implementation", model.config._experts_implementation)
@@ -169,8 +167,9 @@ class _Layer:
         self.experts, self.hot = model.get_submodule(at), hot
         held = self.experts._parameters.items()
         self.names = {leaf: f"{at}.{leaf}" for leaf, weight in held if isinstance(weight, Shelved)}
-        router = getattr(model.get_submodule(axis.gate.module), "weight", None)
-        self.router = router.stored.read().to(router.device, router.wide) if isinstance(router, Shelved) else router
+        router = model.get_submodule(axis.gate.module).weight
+        with numbers_of(router):
+            self.router = router.detach().clone()
 
     def keys(self, chosen: Iterable[int]) -> list[_Key]:
         """The entries of these experts."""
@@ -178,10 +177,9 @@ class _Layer:
 
     def likely(self, states: Tensor, number: int) -> list[int]:
         """The experts that the router would choose for these inputs of another layer, the most frequent first."""
-        if self.router is None or self.router.shape[-1] != states.shape[-1]:
-            return []
         counts = (states.to(self.router.dtype) @ self.router.T).topk(number).indices.flatten().bincount()
-        return counts.argsort(descending=True)[: int(counts.count_nonzero())].tolist()
+        often: list[int] = counts.argsort(descending=True).tolist()
+        return often[: int(counts.count_nonzero())]
 
     @contextmanager
     def entry_wise(self, following: "_Layer | None") -> Iterator[None]:
