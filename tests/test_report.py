@@ -31,7 +31,7 @@ from adapt_pruner.evaluate.anatomy import anatomy
 from adapt_pruner.reduce.choose.cutline import QUARTER_OCTAVES, cut_line
 from adapt_pruner.report import charts, page, paper, with_card
 from adapt_pruner.report.advice import advice
-from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope
+from adapt_pruner.report.figures import Row, Trained, figures_of, fit_slope, sizes_of
 from adapt_pruner.report.record import read_record
 from adapt_pruner.report.screen import Bars
 from adapt_pruner.report.svg import drawing
@@ -154,6 +154,14 @@ def test_the_anatomy_is_that_of_the_checkpoint(finished: Path) -> None:
             assert (panel.total[layer], panel.left[layer]) == (keep.numel(), int(keep.sum()))
             assert panel.left[layer] + sum(gone[layer] for gone in panel.gone) == panel.total[layer], "what went, by stage"
     assert [name for name, _ in picture.groups] == ["stage 1", "stage 2"]
+
+
+def test_a_name_in_a_log_that_is_no_axis_is_of_no_layer() -> None:
+    sizes = {"layers.x.neurons": 3, "layers.0.neurons": 5, "text.layers.1.neurons": 7}
+    layers, wide = sizes_of(sizes, None, {"": 0})
+    assert layers == {0: {"neurons": 5}, 1: {"neurons": 7}}
+    assert wide == {"layers.x.neurons": 3}
+    assert sizes_of({"layers.1.neurons": 4}, [0, 5], {})[0] == {5: {"neurons": 4}}, "of a log without the layers at the start"
 
 
 def test_layers_that_went_keep_their_numbers(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:

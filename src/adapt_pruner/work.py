@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.budget import Budget, count_parameters
 from adapt_pruner.core.model.cut import cut, gated
 from adapt_pruner.core.model.feed import Feed
-from adapt_pruner.core.model.kinds import tower_of
+from adapt_pruner.core.model.kinds import first_layers
 from adapt_pruner.core.model.weight_mask import WeightMask
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.memory import give_back
@@ -333,18 +332,14 @@ class RunState:
     @property
     def layers_left(self) -> list[int] | None:
         """The layers that are left, by their numbers in the model at the start, all towers in a row; None if no layer is gone."""
-        depths = {tower_of(name): size for name, size in sorted(self.began.items()) if name.endswith(".layers")}
-        if not depths:
+        first = first_layers(self.began)
+        if len(first) < 2:
             return self.mask.layers_left
-        left = {tower: self.mask.of_tower(tower).layers_left for tower in depths}
+        left = {tower: self.mask.of_tower(tower).layers_left for tower in first}
         if all(numbers is None for numbers in left.values()):
             return None
-        begins = accumulate(depths.values(), initial=0)
-        return [
-            begin + number
-            for (tower, depth), begin in zip(depths.items(), begins, strict=False)
-            for number in (range(depth) if left[tower] is None else left[tower] or ())
-        ]
+        every = {tower: range(self.began[f"{tower}layers"]) for tower, numbers in left.items() if numbers is None}
+        return [begin + number for tower, begin in first.items() for number in every.get(tower) or left[tower] or ()]
 
     def to_json(self) -> dict[str, Any]:
         """The state as plain data; `from_json` gives back the same floats."""

@@ -69,7 +69,8 @@ class Evaluation:
         chat: answers to prompts of ours: how many were `asked`, the numbers of those that are `right`, how many `ended` and are `looping`.
         tasks: the figures of each task.
         average: mean accuracy of the tasks and its standard error: `value`, `stderr`.
-        experts: how experts on a shelf were fetched: the `share` that was in memory when it was needed, and what reading the rest took.
+        experts: of a model whose experts lay on a shelf: the `share` of the needed ones that were already in memory. `read_bytes` and `waited`
+            (seconds) say what reading the others took.
     """
 
     model: str

@@ -2,17 +2,16 @@
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 from adapt_pruner.core import events
 from adapt_pruner.core.events import BILL, Evaluation, Event, Split, Start, Step, Tasks, Warned
 from adapt_pruner.core.events.run import Answered, Chatted, MasksLearnt, Mixed, Resumed, Searched
 from adapt_pruner.core.events.words import Form, measured_text, shots
-from adapt_pruner.core.model.kinds import BLOCKS, USUAL, kind_of, layer_of, tower_of
+from adapt_pruner.core.model.kinds import BLOCKS, USUAL, first_layers, kind_of, layer_of, tower_of
 from adapt_pruner.core.system.strict_json import number_of
 from adapt_pruner.report.record import Record
 
@@ -183,13 +182,6 @@ def figures_of(record: Record) -> Figures:
     )
 
 
-def first_layers(names: Iterable[str]) -> dict[str, int]:
-    """Tower -> the number of its first layer, where the layers of all towers are counted one after the other."""
-    depths = Counter(tower_of(name) for name in {name.rpartition(".")[0] for name in names if layer_of(name) is not None})
-    towers = sorted(depths)
-    return dict(zip(towers, accumulate((depths[tower] for tower in towers[:-1]), initial=0), strict=False))
-
-
 def sizes_of(
     sizes: Mapping[str, int] | None, left: Sequence[int] | None, first: Mapping[str, int]
 ) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
@@ -202,16 +194,16 @@ def sizes_of(
     """
     layers: dict[int, dict[str, int]] = {}
     wide = {}
+    ends = dict(zip(first, [*list(first.values())[1:], math.inf], strict=False))
+    stayed = {tower: [number for number in left or () if begin <= number < ends[tower]] for tower, begin in first.items()}
     for name, size in (sizes or {}).items():
-        layer = layer_of(name)
+        layer, tower = layer_of(name), tower_of(name)
         if layer is None:
             wide[name] = size
-            continue
-        begin = first.get(tower_of(name), 0)
-        end = min((other for other in first.values() if other > begin), default=None)
-        numbers = None if left is None else [number for number in left if begin <= number and (end is None or number < end)]
-        if numbers is None or layer < len(numbers):
-            layers.setdefault(begin + layer if numbers is None else numbers[layer], {})[name.rpartition(".")[2]] = size
+        elif left is None:
+            layers.setdefault(first.get(tower, 0) + layer, {})[kind_of(name)] = size
+        elif layer < len(numbers := stayed.get(tower, left)):
+            layers.setdefault(numbers[layer], {})[kind_of(name)] = size
     return layers, wide
 
 

@@ -23,11 +23,11 @@ from adapt_pruner.core.events.comparison import InCell
 from adapt_pruner.core.events.progress import ProgressTracker, RunProgress
 from adapt_pruner.core.events.run import Within
 from adapt_pruner.core.events.words import compact, millions, span
-from adapt_pruner.core.model.kinds import HEADS
+from adapt_pruner.core.model.kinds import HEADS, first_layers
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.core.system.terminal import console as console_on
 from adapt_pruner.core.system.terminal import filtered, fitted, visible, wrapped
-from adapt_pruner.report.figures import after, first_layers, sizes_of
+from adapt_pruner.report.figures import after, sizes_of
 
 _EVERY = 10.0  # seconds between plain lines of the same kind
 _TOLD_EVERY = 0.25  # the same, for lines of JSON

@@ -1,5 +1,8 @@
 """The kinds of axes: what people call their units, and which kinds go with a whole unit. Needs no torch."""
 
+from collections import Counter
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Literal
 
 Prunable = Literal[
@@ -28,7 +31,15 @@ def kind_of(name: str) -> str:
 def layer_of(name: str) -> int | None:
     """I of a name `layers.I.KIND`; None for other names."""
     head, _, rest = name.removeprefix(tower_of(name)).partition(".")
-    return int(rest.partition(".")[0]) if head == "layers" and rest else None
+    number = rest.partition(".")[0]
+    return int(number) if head == "layers" and number.isdecimal() else None
+
+
+def first_layers(names: Iterable[str]) -> dict[str, int]:
+    """Tower -> the number of its first layer, where the layers of all towers are counted one after the other."""
+    depths = Counter(tower_of(name) for name in {name.rpartition(".")[0] for name in names if layer_of(name) is not None})
+    towers = sorted(depths)
+    return dict(zip(towers, accumulate((depths[tower] for tower in towers[:-1]), initial=0), strict=False))
 
 
 def tower_of(name: str) -> str:
