@@ -507,18 +507,30 @@ def test_a_file_for_each_number_format(
     assert not (tmp_path / "x-bf16.gguf").exists(), "nothing is written if one of them cannot be"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_experts_compute_in_llama_cpp_what_they_do_here(kind: str, tmp_path: Path) -> None:
-    """As grown, with experts that differ: Mixtral and Qwen3-MoE, in float32 and 8 bits."""
+def with_unequal_experts(kind: str) -> Loaded:
+    """Mixtral (of `llama`) or Qwen3-MoE (of `qwen3`) as grown, with experts that differ."""
     model = with_experts(tiny_model(("llama", kind), vocab_size=VOCAB), 4, 2)
     for layer in model.model.layers:
         layer.mlp.experts.down_proj.data.mul_(torch.rand(4, 1, 1, generator=torch.Generator().manual_seed(3)) * 4)
-    loaded = as_loaded(model, bpe())
+    return as_loaded(model, bpe())
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_file_of_experts_says_how_many_there_are(kind: str, tmp_path: Path) -> None:
+    loaded = with_unequal_experts(kind)
     assert export(loaded, tmp_path / "x.gguf", to="gguf") == []
-    arch = GGUF_TYPES[model.config.model_type]
+    arch = GGUF_TYPES[loaded.model.config.model_type]
     found = fields(tmp_path / "x.gguf")
     assert (found["general.architecture"], found[f"{arch}.expert_count"], found[f"{arch}.expert_used_count"]) == (arch, 4, 2)
-    assert found[f"{arch}.expert_feed_forward_length"] == model.config.intermediate_size
+    assert found[f"{arch}.expert_feed_forward_length"] == loaded.model.config.intermediate_size
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_experts_compute_in_llama_cpp_what_they_do_here(kind: str, tmp_path: Path) -> None:
+    """In float32 and 8 bits."""
+    llama_cpp()
+    loaded = with_unequal_experts(kind)
+    export(loaded, tmp_path / "x.gguf", to="gguf")
     result = compared(loaded, tmp_path / "x.gguf")
     assert result["passed"], result["failures"]
     assert result["max_difference"] < 1e-4
