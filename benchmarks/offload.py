@@ -1,12 +1,13 @@
 """Peak memory and time of pruning models that memory need not hold, beside what the forecast says.
 
     python benchmarks/offload.py [--like 8b 70b] [--layers 4] [--methods adapt-pruner llm-pruner flap adaptive-ls-v1] [--offload disk]
+                                  [--own-text]
     python benchmarks/offload.py --whole [--methods llm-pruner]
     python benchmarks/offload.py --time
 
 The models have the shapes of Llama-3.1-8B and Llama-3.1-70B, `--layers` of their layers and random bfloat16 weights. They are made once, in the
 folder `--folder` (4 GB and 11 GB with four layers; a whole 8B takes 16 GB). Each run is a process of its own, calibrated on 32
-sequences of 128 random tokens, `step=1`, without text of its own. `anonymous` is memory that cannot be given back; pages of mapped
+sequences of 128 random tokens, `step=1`, without text of its own; with `--own-text` on as much text that the model writes. `anonymous` is memory that cannot be given back; pages of mapped
 files are told apart. `--whole` takes all layers, under `ulimit -d`. `--time` compares disk, cpu and memory on smollm2-135m-instruct.
 One JSON line per run goes to DIR/results.jsonl; a run that has its line is not made again.
 """
@@ -95,9 +96,7 @@ def made(folder: Path, like: str, layers: int) -> Path:
     return place
 
 
-def recipe_of(
-    model: Path | str, method: str, offload: str, *, samples: int, folder: Path, share: str = "80% of decoder"
-) -> Recipe:
+def recipe_of(model: Path | str, method: str, offload: str, *, samples: int, folder: Path, own_text: bool = False) -> Recipe:
     """The recipe of a run."""
     ids = folder / f"ids-{samples}.json"
     rows = random.Random(0)
@@ -105,10 +104,10 @@ def recipe_of(
     keys: dict[str, Any] = {
         "model": str(model),
         "method": method,
-        "budget": share,
+        "budget": "80% of decoder",
         "offload": offload,
-        "calibration.ids": str(ids),
     }
+    keys |= {"calibration.source": "self", "calibration.samples": samples} if own_text else {"calibration.ids": str(ids)}
     return read({}, values={**keys, **KEYS.get(method, {})})
 
 
@@ -116,8 +115,9 @@ def forecast(recipe: Recipe, like: str, layers: int, offload: Any) -> int:
     """Bytes of a process that prunes so many layers, by the formulas."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(like, layers))
-    samples = len(json.loads(Path(str(recipe.calibration.ids)).read_text())["input_ids"])
-    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": samples})})
+    if recipe.calibration.ids is not None:
+        samples = len(json.loads(Path(recipe.calibration.ids).read_text())["input_ids"])
+        recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"samples": samples})})
     work = Work.of(model, recipe)
     work.stages = stages(work, start=work.num_params, end=work.budget.keep)
     how = replace(setup_of(work, device=torch.device("cpu")), offload=offload)
@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--offload", nargs="+", default=["disk"])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=Path("runs/offload"))
+    parser.add_argument("--own-text", action="store_true")
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("--time", action="store_true")
     options = parser.parse_args()
@@ -175,8 +176,13 @@ def main() -> None:
         for method in options.methods:
             for offload in ["none", "cpu", "disk"] if options.time else options.offload:
                 key = {"like": like, "layers": layers, "method": method, "offload": offload, "samples": options.samples}
-                found = next((row for row in done if key.items() <= row.items()), None)
-                recipe = recipe_of(model, method, offload, samples=options.samples, folder=options.folder)
+                key |= {"own_text": True} if options.own_text else {}
+                found = next(
+                    (row for row in done if key.items() <= row.items() and options.own_text == ("own_text" in row)), None
+                )
+                recipe = recipe_of(
+                    model, method, offload, samples=options.samples, folder=options.folder, own_text=options.own_text
+                )
                 if found is None:
                     out = options.folder / f"out-{like}-{method}-{offload}"
                     found = {**key, **watched(recipe, out, limit=8 * GIB if options.whole else None)}

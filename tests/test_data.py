@@ -13,6 +13,7 @@ import torch
 import zstandard
 
 from adapt_pruner.core.system import files as marks
+from adapt_pruner.data import selfwritten
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import documents, read, texts
 from adapt_pruner.data.tokens import batches_of, calibration_ids, calibration_windows, evaluation_windows, opening
@@ -363,6 +364,26 @@ def test_a_mixture_gives_calibration_and_evaluation_their_shares(tmp_path: Path,
         calibration_feed(model, tokenizer, source=source, samples=2, length=32, ids=None, seed=0)
     with pytest.raises(UsageError, match="max_windows 2 leaves nothing"):
         held_out_windows(tokenizer, source=source, window=100, max_windows=2)
+
+
+def test_self_written_text_is_the_same_in_batches_of_any_size(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    whole = selfwritten_windows(model, tokenizer, samples=20, length=12, seed=5)
+    assert not torch.equal(whole, selfwritten_windows(model, tokenizer, samples=20, length=12, seed=6))
+    monkeypatch.setattr(selfwritten, "BATCH", 7)
+    assert torch.equal(whole, selfwritten_windows(model, tokenizer, samples=20, length=12, seed=5))
+
+
+def test_self_written_text_has_the_probabilities_of_the_model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selfwritten, "BATCH", 20_000)
+    model = tiny_model(vocab_size=VOCAB, initializer_range=0.3)
+    first = selfwritten_windows(model, tokenizer, samples=20_000, length=2, seed=5)[:, 0]
+    with torch.no_grad():
+        expected = model(torch.tensor([[tokenizer.bos_token_id or tokenizer.eos_token_id]])).logits[0, -1].softmax(-1)
+    found = torch.bincount(first, minlength=VOCAB) / len(first)
+    assert expected.max() > 5 / VOCAB, "not all tokens alike"
+    assert float((found - expected).abs().sum()) < 0.12
+    assert bool((found[expected > 0.02] / expected[expected > 0.02] - 1).abs().max() < 0.2)
 
 
 def test_self_written_text_is_the_models_own(tokenizer: Any) -> None:

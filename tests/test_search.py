@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from adapt_pruner import families
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import cut, gated
+from adapt_pruner.core.model.layers import Stream
 from adapt_pruner.errors import RunError, UsageError
 from adapt_pruner.recipe import Recipe, read
 from adapt_pruner.reduce import search
@@ -44,6 +47,19 @@ def work_of(model: Any, batches: list[torch.Tensor], **keys: Any) -> Work:
 
 def space_of(work: Work) -> Space:
     return Space.around(prunable(work), sizes_alike(work, keep=work.stages[0].params), level=0.1)
+
+
+def losses_of(candidates: list[Candidate]) -> list[float]:
+    return [candidate.loss for candidate in candidates]
+
+
+def measured_by(monkeypatch: pytest.MonkeyPatch, loss: Callable[[dict[str, int], Any], float]) -> None:
+    """Candidates have this loss for their sizes and the text that they are measured on."""
+
+    def measured(self: Any, candidates: Any, text: Any, tell: Any) -> list[Candidate]:
+        return [Candidate(dict(sizes), loss(dict(sizes), text)) for sizes in candidates]
+
+    monkeypatch.setattr(search._Judge, "_measured", measured)
 
 
 @pytest.mark.parametrize("propose", [evolution, at_random])
@@ -92,7 +108,7 @@ def test_a_candidate_on_repaired_weights_is_what_the_cut_will_be(batches: list[t
     judge = search._Judge(work, axes, scores, batches, Search(**SMALL), weights)
     sizes = space.swapped(space.base, random.Random(2), 3)
     assert sizes != space.base
-    measured = judge.whole(sizes)
+    (measured,) = losses_of(judge.whole([sizes]))
     assert all(torch.equal(weight, before[name]) for name, weight in work.model.state_dict().items())
     mask = Mask.of_sizes(axes, scores, sizes)
     unrepaired = work.loss(mask, batches)
@@ -109,24 +125,22 @@ def test_divergence_is_from_the_whole_model(batches: list[torch.Tensor]) -> None
     scores = {axis.name: torch.rand(axis.entries) for axis in axes}
     judge = search._Judge(work, axes, scores, batches, Search(fitness="kl", **SMALL), {})
     everything = {axis.name: axis.size for axis in axes}
-    assert judge.whole(everything) == pytest.approx(0, abs=1e-6)
+    assert losses_of(judge.whole([everything])) == pytest.approx([0], abs=1e-6)
     model, mask = work.model, Mask.of_sizes(axes, scores, space.base)
     with torch.no_grad():
         whole = [model(ids).logits[:, :-1].log_softmax(-1) for ids in batches]
         with gated(model, work.axes, mask):
             small = [model(ids).logits[:, :-1].log_softmax(-1) for ids in batches]
     expected = sum(F.kl_div(b, a, log_target=True, reduction="sum") for a, b in zip(whole, small, strict=True)) / (6 * 11)
-    assert judge.whole(space.base) == pytest.approx(float(expected), rel=1e-4)
+    assert losses_of(judge.whole([space.base])) == pytest.approx([float(expected)], rel=1e-4)
     first = F.kl_div(small[0], whole[0], log_target=True, reduction="sum") / 22
-    assert judge.little(space.base) == pytest.approx(float(first), rel=1e-4), "24 tokens are one batch"
+    assert losses_of(judge.little([space.base], print)) == pytest.approx([float(first)], rel=1e-4), "24 tokens are one batch"
 
 
 def test_evolution_goes_where_the_loss_is_lower(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that wants wide first layers: after as many evaluations evolution is nearer than chance, and better than the start."""
     work = work_of(tiny_model(num_hidden_layers=12), batches, axes=["neurons"])
-    monkeypatch.setattr(
-        search._Judge, "_measured", lambda self, sizes, text: -sum(size / (n + 1) for n, size in enumerate(sizes.values()))
-    )
+    measured_by(monkeypatch, lambda sizes, text: -sum(size / (n + 1) for n, size in enumerate(sizes.values())))
     found = {}
     for proposals in ("evolution", "random"):
         how = Search(proposals=proposals, population=8, offspring=8, rounds=15, finalists=8)
@@ -172,13 +186,13 @@ def test_the_search_begins_with_the_best_of_many_random_models(
     last = gone(base, "mlps")
     assert all(f"layers.{i}.mlps" in last for i in range(12 - len(last), 12))
 
-    def judged(self: Any, sizes: dict[str, int], text: Any) -> float:
+    def judged(sizes: dict[str, int], text: Any) -> float:
         measured.append(dict(sizes))
         return float(
             sum(name.startswith("layers.0.") and not size for name, size in sizes.items()) + len(gone(sizes, "mlps") & last)
         )
 
-    monkeypatch.setattr(search._Judge, "_measured", judged)
+    measured_by(monkeypatch, judged)
     how = Search(proposals="mutation", starts=64, population=1, offspring=4, rounds=1, finalists=2)
     first = next(iter(how.steps(work, work.stages[0].params)))
     assert first.evaluations == 66
@@ -194,11 +208,11 @@ def test_text_is_drawn_anew_in_every_round_and_the_parent_measured_again(
     work = blocks_work(batches)
     texts: list[tuple[tuple[int, ...], ...]] = []
 
-    def judged(self: Any, sizes: dict[str, int], text: Any) -> float:
+    def judged(sizes: dict[str, int], text: Any) -> float:
         texts.append(tuple(tuple(row.tolist()) for ids, _ in text for row in ids))
         return float(len(texts))  # so that whatever is measured first is the best
 
-    monkeypatch.setattr(search._Judge, "_measured", judged)
+    measured_by(monkeypatch, judged)
     how = Search(
         proposals="mutation", starts=4, population=1, offspring=3, rounds=2, finalists=2, redraw=True, tokens=24, final_tokens=36
     )
@@ -253,10 +267,35 @@ def test_drawn_text_is_measured_as_the_model_is_after_the_cut(batches: list[torc
     judge = search._Judge(work, axes, zeros, batches, Search(fitness="kl", redraw=True, tokens=24, final_tokens=36), {})
     judge.draw(random.Random(3))
     sizes = space.swapped(space.base, random.Random(2), 9)
-    drawn = judge.little(sizes)
+    drawn = losses_of(judge.little([sizes], print))
     rows = torch.cat([ids for ids, _ in judge._little])
     alone = search._Judge(work, axes, zeros, [rows], Search(fitness="kl"), {})
-    assert drawn == pytest.approx(alone.whole(sizes), rel=1e-4)
+    assert drawn == pytest.approx(losses_of(alone.whole([sizes])), rel=1e-4)
+
+
+@pytest.mark.parametrize("fitness", ["loss", "kl"])
+def test_candidates_measured_together_are_as_one_by_one(
+    fitness: Any, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are alike up to a layer share its output; few at a time give the same."""
+    work = blocks_work(batches)
+    axes, space = prunable(work), space_of(work)
+    zeros = {axis.name: torch.zeros(axis.entries) for axis in axes}
+    candidates = [space.swapped(space.base, random.Random(seed), 2) for seed in range(6)] + [space.base, space.base]
+    judge = search._Judge(work, axes, zeros, batches, Search(fitness=fitness), {})
+    runs = Counter[int]()
+    through = Stream.run
+    monkeypatch.setattr(
+        Stream, "run", lambda self, layer, index, hidden: (runs.update([index]), through(self, layer, index, hidden))[1]
+    )
+    together = losses_of(judge.whole(candidates))
+    alike = runs.copy()
+    assert len(set(together)) > 4
+    assert together == [loss for sizes in candidates for loss in losses_of(judge.whole([sizes]))]
+    assert alike[0] <= 4 * len(batches), "a layer has its two blocks or not"
+    assert sum(alike.values()) < 0.8 * (sum(runs.values()) - sum(alike.values()))
+    monkeypatch.setattr(search, "HIDDEN_BYTES", 16 * 2 * 4 * judge._width * sum(map(torch.numel, batches)))
+    assert losses_of(judge.whole(candidates)) == together
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout[1])
@@ -281,7 +320,7 @@ def test_the_budget_is_met(layout: tuple[str, str], batches: list[torch.Tensor])
 
 def test_no_candidate_with_a_finite_loss(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     work = work_of(tiny_model(), batches)
-    monkeypatch.setattr(search._Judge, "_measured", lambda self, sizes, text: math.nan)
+    measured_by(monkeypatch, lambda sizes, text: math.nan)
     with pytest.raises(RunError, match=r"none of \d candidates has a finite loss; set dtype=float32, or keep more of the model"):
         list(Search(**SMALL).steps(work, work.stages[0].params))
 

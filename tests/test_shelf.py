@@ -31,6 +31,8 @@ load_module = importlib.import_module("adapt_pruner.checkpoint.load")
 
 ROWS = {
     "adapt-pruner": {}, "llm-pruner": {"chooser": "allocate.uniform(first=1)"}, "flap": {}, "wanda-sp": {}, "magnitude": {"chooser": "allocate.uniform"}, "shortgpt": {}, "minitron": {},
+    "self-pruner": {"reduce": "search(population=3, offspring=3, rounds=2, tokens=32, finalists=2)", "step": None},
+    "evopress": {"reduce": "search(proposals=mutation, starts=6, population=1, rounds=2, offspring=4, fitness=kl, tokens=32, finalists=2, final_tokens=64, redraw=true)", "step": None},
     "first-layer-whole-ls": {"calibration.self_generated": 0}, "adaptive-ls-v1": {"calibration.self_generated": 0},
 }  # fmt: skip
 
@@ -77,6 +79,15 @@ def test_every_family(layout: tuple[str, str], tokenizer: Any, text_file: Path, 
     whole = pruned(folder, text_file, tmp_path / "none", "adaptive-ls-v1", offload="none")
     away = pruned(folder, text_file, tmp_path / "disk", "adaptive-ls-v1", offload="disk")
     assert_same(tmp_path / "none", tmp_path / "disk", whole, away)
+
+
+def test_text_of_the_model_itself_is_the_same_from_disk(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    keys = {"calibration.source": "self", "calibration.self_generated": 3}
+    for place in ("none", "disk"):
+        run(recipe_of(tiny_folder, text_file, "adaptive-ls-v1", offload=place, **keys), tmp_path / place)
+    assert_same_model(tmp_path / "none", tmp_path / "disk")
+    for name in ("calibration_self.json", "repair_self.json"):
+        assert (tmp_path / "none" / name).read_bytes() == (tmp_path / "disk" / name).read_bytes()
 
 
 def test_a_run_goes_on_from_what_changed(tiny_folder: Path, text_file: Path, tmp_path: Path) -> None:
@@ -155,10 +166,13 @@ def test_scratch_is_gone_and_the_source_is_as_it_was(
     ("method", "keys", "said"),
     [
         ("wanda", {"sparsity": "50%", "budget": None, "step": None, "multiple_of": None}, "cannot work; set offload=none"),
-        ("adapt-pruner", {"budget": None, "latency": "0.7x"}, "a latency budget"),
-        ("evopress", {}, "reduce 'search"),
+        ("adapt-pruner", {"budget": None, "latency": "0.95x"}, "a latency budget"),
+        (
+            "self-pruner",
+            {"reduce": "search(repaired=true)", "repair": "closed_form.least_squares", "step": None},
+            r"reduce 'search\(repaired",
+        ),
         ("saap", {}, "needs the whole model in memory"),
-        ("adaptive-ls-v1", {"calibration.self_generated": 4}, "calibration.self_generated=0"),
     ],
 )
 def test_rows_that_cannot_say_so(

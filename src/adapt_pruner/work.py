@@ -111,7 +111,7 @@ class Reduction:
     """
 
     fills_zeros: ClassVar[bool] = False
-    goes_by_layer: ClassVar[bool] = False
+    goes_by_layer: bool = False
     changes_hidden_states: bool = False
 
     def check(self, work: "Work") -> None:

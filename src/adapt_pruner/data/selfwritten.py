@@ -8,9 +8,11 @@ from torch import nn
 from transformers import GenerationConfig, LogitsProcessorList
 
 from adapt_pruner.core.model.precision import casting_once, precision, refuse_nonfinite
+from adapt_pruner.core.model.shelf import is_shelved
 from adapt_pruner.data.tokens import opening
 
-_BATCH = 32
+BATCH, BATCH_FROM_SHELF = 32, 128
+"""Sequences written side by side. A model on a shelf is read once for each token of a batch."""
 _TOLD = 8  # tokens of each sequence between two reports of progress
 
 
@@ -28,8 +30,9 @@ def selfwritten_windows(
     """`samples` sequences of `length` tokens sampled from the model itself, at temperature 1 from the start-of-text token.
 
     End-of-text tokens do not stop a sequence; a new text follows them. The start-of-text token is the first of the `length`
-    tokens if the tokenizer puts it before a text by itself, and is left out otherwise (`data.tokens.opening`). The model's random
-    state is left as found.
+    tokens if the tokenizer puts it before a text by itself, and is left out otherwise (`data.tokens.opening`). Each token is the
+    first whose cumulated probability exceeds a number drawn uniformly for its sequence and place, so the text is the same in
+    batches of any size and on any device, but for rounding of the logits.
 
     Args:
         model: causal LM; left as found.
@@ -50,37 +53,36 @@ def selfwritten_windows(
     shown = len(opening(tokenizer))
     device = next(model.parameters()).device
     training, own_config = model.training, model.generation_config
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), casting_once(model), precision(device, dtype):
+    batch = BATCH_FROM_SHELF if is_shelved(model) else BATCH
+    new, rows = length - shown, list[torch.Tensor]()
+    uniform = torch.rand(samples, new, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    refuse = refuse_nonfinite("no text can be drawn from logits of nan or inf", device, dtype)
+
+    def draw(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        first, place = sum(map(len, rows)), ids.shape[1] - 1
+        if place % _TOLD == 0:
+            on_tokens(first * new + len(ids) * place, samples * new)
+        cumulated = logits.double().softmax(-1).cumsum(-1)
+        wanted = uniform[first : first + len(ids), place, None].to(device) * cumulated[:, -1:]
+        drawn = torch.searchsorted(cumulated, wanted, right=True).clamp(max=logits.shape[-1] - 1)
+        return torch.full_like(logits, -torch.inf).scatter(-1, drawn, 0.0)
+
+    with casting_once(model), precision(device, dtype):
         try:
             model.eval()
             # The model's own settings (penalties, end-of-text ids) would change the distribution of its text.
             model.generation_config = GenerationConfig(pad_token_id=start)
-            torch.manual_seed(seed)
-            rows: list[torch.Tensor] = []
-            of = samples * (length - shown)
-
-            def count(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-                if (ids.shape[1] - 1) % _TOLD == 0:
-                    on_tokens(sum(map(len, rows)) * (length - shown) + len(ids) * (ids.shape[1] - 1), of)
-                return logits
-
-            for first in range(0, samples, _BATCH):
-                ids = torch.full((min(_BATCH, samples - first), 1), start, device=device)
+            for first in range(0, samples, batch):
+                ids = torch.full((min(batch, samples - first), 1), start, device=device)
                 written = model.generate(  # type: ignore[operator]
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    do_sample=True,
-                    temperature=1.0,
-                    top_k=0,
-                    top_p=1.0,
-                    max_new_tokens=length - shown,
-                    logits_processor=LogitsProcessorList(
-                        [count, refuse_nonfinite("no text can be drawn from logits of nan or inf", device, dtype)]
-                    ),
+                    do_sample=False,
+                    max_new_tokens=new,
+                    logits_processor=LogitsProcessorList([refuse, draw]),
                 )
                 rows.append(written[:, 1 - shown :].cpu())
-            on_tokens(of, of)
+            on_tokens(samples * new, samples * new)
             return torch.cat(rows)
         finally:
             model.generation_config = own_config

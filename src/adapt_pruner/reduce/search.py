@@ -12,11 +12,11 @@ would give it. Only the best candidate is cut, at the end.
 import functools
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,10 @@ from adapt_pruner.checkpoint.load import load, locate
 from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.cut import gated
-from adapt_pruner.core.model.precision import precision
+from adapt_pruner.core.model.layers import HIDDEN_BYTES, decoder_layers, loss_above, read_above, streams
+from adapt_pruner.core.model.precision import casting_once, computed_in, precision
+from adapt_pruner.core.model.shelf import fetched, is_shelved
+from adapt_pruner.core.model.task import CausalLM
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.data.tokens import batches_of
@@ -45,7 +48,7 @@ from adapt_pruner.reduce.units import (
     sizes_alike,
     with_forward,
 )
-from adapt_pruner.score.calibrate import Evidence
+from adapt_pruner.score.calibrate import Evidence, as_found
 from adapt_pruner.train.objectives import kl_of_logits
 from adapt_pruner.work import Change, Passes, TextUse, Work
 
@@ -57,8 +60,6 @@ from adapt_pruner.work import Change, Passes, TextUse, Work
 )
 class Search(Units):
     """Search how many units each layer keeps, by the loss of candidates that are shut but not cut (Self-Pruner, EvoPress)."""
-
-    goes_by_layer = False
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class Search(Units):
         self.level, self.fitness, self.starts = level, fitness, starts
         self.tokens, self.finalists, self.final_tokens, self.redraw = tokens, finalists, final_tokens, redraw
         self.on_repaired = repaired
+        self.goes_by_layer = not repaired  # the weights of every level stay in memory
         self._found = _Found()
 
     def check(self, work: Work) -> None:
@@ -226,15 +228,11 @@ class Search(Units):
             measured_before = {tuple(candidate.sizes.values()) for candidate in so_far.population}
             distinct = {tuple(sizes.values()): sizes for sizes in reversed(candidates)}  # of equal ones the first
             candidates = [sizes for key, sizes in reversed(distinct.items()) if key not in measured_before]
-            tell = work.progress("search", stage=work.state.stage)
-            measured = []
-            for number, sizes in enumerate(candidates, start=1):
-                if params_of(work, axes, sizes) <= keep:
-                    measured.append(Candidate(sizes, judge.little(sizes)))
-                tell(number, len(candidates))
+            small = [sizes for sizes in candidates if params_of(work, axes, sizes) <= keep]
+            measured = judge.little(small, work.progress("search", stage=work.state.stage))
             staying = so_far.population
             again = [*_best(measured)[: self.finalists], *(staying if self.redraw else [])]
-            whole = [Candidate(candidate.sizes, judge.whole(candidate.sizes)) for candidate in again]
+            whole = judge.whole([candidate.sizes for candidate in again])
             so_far.evaluations += len(measured) + len(whole)
             so_far.population = _best([*([] if self.redraw else staying), *whole])[: self.population]
             if not so_far.population:
@@ -284,17 +282,27 @@ class _Found:
 
 
 _Piece = tuple[Tensor, Tensor | None]
-"""Token ids, [batch, length], and the unpruned model's hidden states for them if fitness is a divergence."""
+"""Token ids, [batch, length], and what enters the unpruned model's head for them if fitness is a divergence."""
+Sizes = Mapping[str, int]
 
 
 class _Judge:
-    """Measures candidates: their loss on the text, or how far their predictions are from those of the unpruned model."""
+    """Measures candidates: their loss on the text, or how far their predictions are from those of the unpruned model.
+
+    The text goes through one layer after the other, once for all candidates that are alike up to there.
+    """
 
     def __init__(
         self, work: Work, axes: Sequence[Axis], scores: Scores, text: Sequence[Tensor], how: Search, weights: "_Weights"
     ) -> None:
         self._work, self._axes, self._scores, self._weights, self._how = work, axes, scores, weights, how
-        self._text: list[_Piece] = [(batch, self._hidden(batch) if how.fitness == "kl" else None) for batch in text]
+        self._task = cast(CausalLM, work.task)
+        self._width = self._task.head(work.model).in_features
+        self._text: list[_Piece] = [(batch, None) for batch in text]
+        if how.fitness == "kl":
+            with as_found(work.model, set()):
+                ((_, leaving),) = self._leaving([{}], text)
+            self._text = [(batch, self._predicting(batch, hidden)) for batch, hidden in zip(text, leaving, strict=True)]
         self._little, self._more = _first(self._text, how.tokens), _first(self._text, how.final_tokens)
 
     def draw(self, draw: random.Random) -> None:
@@ -307,44 +315,78 @@ class _Judge:
         self._little = _joined(_first(for_all, self._how.tokens))
         self._more = _joined(_first(for_finalists, self._how.final_tokens))
 
-    def little(self, sizes: Mapping[str, int]) -> float:
+    def little(self, candidates: Sequence[Sizes], tell: Callable[[int, int], None]) -> list[Candidate]:
         """Fitness on the first `tokens` tokens, rounded up to whole batches or, if drawn, to whole sequences."""
-        return self._measured(sizes, self._little)
+        return self._measured(candidates, self._little, tell)
 
-    def whole(self, sizes: Mapping[str, int]) -> float:
+    def whole(self, candidates: Sequence[Sizes]) -> list[Candidate]:
         """Fitness on `final_tokens` tokens, or on the whole draw of text."""
-        return self._measured(sizes, self._more)
+        return self._measured(candidates, self._more, lambda done, of: None)
 
-    def _measured(self, sizes: Mapping[str, int], text: Sequence[_Piece]) -> float:
-        mask, work = Mask.of_sizes(self._axes, self._scores, sizes), self._work
-        batches = [batch for batch, _ in text]
-        with _standing_in(work.model, self._weights, sizes):
-            if self._how.fitness == "loss":
-                return work.loss(mask, batches)
-            total = 0.0
-            with gated(work.model, work.axes, mask):
-                for batch, goal in text:
-                    assert goal is not None
-                    total += self._divergence(batch, goal)
-            return total / work.task.num_predicted(batches)
+    def _measured(self, candidates: Sequence[Sizes], text: Sequence[_Piece], tell: Callable[[int, int], None]) -> list[Candidate]:
+        work, pieces, measured = self._work, world.share(text), list[Candidate]()
+        predicted = work.task.num_predicted([batch for batch, _ in text])
+        room = HIDDEN_BYTES // (2 if is_shelved(work.model) else 16)  # before a layer, and as much after it
+        most = max(1, room // (4 * self._width * max(1, sum(batch.numel() for batch, _ in text))))
+        narrow = computed_in(work.model.device, work.recipe.dtype)
+        with as_found(work.model, set()):
+            for first in range(0, len(candidates), most):
+                together = candidates[first : first + most]
+                leaving = self._leaving(together, [batch for batch, _ in pieces])
+                with fetched(work.task.head(work.model), narrow=narrow):
+                    for sizes, hidden in leaving:
+                        total = torch.zeros((), dtype=torch.float64)
+                        for (batch, goal), left in zip(pieces, hidden, strict=True):
+                            total += self._loss(batch, left, goal)
+                        world.sum_in_place(total)
+                        measured.append(Candidate(dict(sizes), float(total) / predicted))
+                        tell(len(measured), len(candidates))
+        return measured
 
     @torch.no_grad()
-    def _hidden(self, batch: Tensor) -> Tensor:
-        """The unpruned model's hidden states for a batch, before the head: [batch, length, width]."""
-        model, device = self._work.model, self._work.model.device
-        with precision(device, self._work.recipe.dtype):
-            hidden: Tensor = self._work.task.read(model, batch.to(device)).last_hidden_state
-        return hidden
+    def _leaving(self, candidates: Sequence[Sizes], batches: Sequence[Tensor]) -> list[tuple[Sizes, list[Tensor]]]:
+        """The hidden states of each batch after the last layer, for each candidate; {} stands for the unpruned model."""
+        work, task, dtype = self._work, self._work.task, self._work.recipe.dtype
+        flows = streams(work.model, batches, task=task, dtype=dtype)
+        states: dict[tuple[Any, ...], list[Tensor]] = {(): [flow.hidden for flow in flows]}
+        of_candidate: list[tuple[Any, ...]] = [()] * len(candidates)
+        for index, layer in enumerate(decoder_layers(work.model, work.axes)):
+            axes = [axis for axis in self._axes if axis.layer == index]
+            above: dict[tuple[Any, ...], list[Tensor]] = {}
+            with fetched(layer):
+                for number, sizes in enumerate(candidates):
+                    below = of_candidate[number]
+                    here = {axis.name: sizes[axis.name] for axis in axes if axis.name in sizes}
+                    of_candidate[number] = alike = (*below, *here.values())
+                    if alike in above:
+                        continue
+                    mask = Mask.of_sizes([axis for axis in axes if axis.name in here], self._scores, here)
+                    with (
+                        _standing_in(work.model, self._weights, here),
+                        gated(work.model, work.axes, mask),
+                        casting_once(layer),
+                    ):
+                        above[alike] = [flow.run(layer, index, hidden) for flow, hidden in zip(flows, states[below], strict=True)]
+            states = above
+        return [(sizes, states[alike]) for sizes, alike in zip(candidates, of_candidate, strict=True)]
+
+    def _predicting(self, batch: Tensor, leaving: Tensor) -> Tensor:
+        """What enters the head, [batch, length, width], of a batch whose hidden states after the last layer are `leaving`."""
+        work = self._work
+        return read_above(work.model, batch, leaving, task=work.task, dtype=work.recipe.dtype)
 
     @torch.no_grad()
-    def _divergence(self, batch: Tensor, goal: Tensor) -> float:
-        """The sum over predictions of KL(unpruned model ‖ gated model)."""
-        task: Any = self._work.task
-        model, batch = self._work.model, batch.to(self._work.model.device)
-        with precision(model.device, self._work.recipe.dtype):
-            entering, targets = task.predicting(task.read(model, batch).last_hidden_state, batch, None)
+    def _loss(self, batch: Tensor, leaving: Tensor, goal: Tensor | None) -> Tensor:
+        """The sum over predictions of the loss, or of KL(unpruned model ‖ candidate)."""
+        work, task, dtype = self._work, self._task, self._work.recipe.dtype
+        if goal is None:
+            return loss_above(work.model, batch, leaving, task=task, dtype=dtype).double().cpu()
+        batch = batch.to(work.model.device)
+        with precision(work.model.device, dtype):
+            entering, targets = task.predicting(self._predicting(batch, leaving), batch, None)
             aim, _ = task.predicting(goal, batch, None)
-            return float(task.of_logits(model, entering, kl_of_logits(targets, aim, model, task)))
+            total = task.of_logits(work.model, entering, kl_of_logits(targets, aim, work.model, task))
+        return total.double().cpu()
 
 
 def _first(text: Sequence[_Piece], tokens: int) -> list[_Piece]:
@@ -390,11 +432,12 @@ def _repaired_weights(work: Work, axes: Sequence[Axis], scores: Scores, space: S
 
 @contextmanager
 def _standing_in(model: Any, weights: _Weights, sizes: Mapping[str, int]) -> Iterator[None]:
-    """While the context lasts, the layers at gates have the weights that were repaired for these sizes."""
-    kept = {name: model.get_parameter(name).data for name, _ in weights.values()}
+    """While the context lasts, the layers at the gates of these axes have the weights that were repaired for their sizes."""
+    here = {weights[axis_name][0]: weights[axis_name][1][size] for axis_name, size in sizes.items() if axis_name in weights}
+    kept = {name: model.get_parameter(name).data for name in here}
     try:
-        for axis_name, (name, of_size) in weights.items():
-            model.get_parameter(name).data = of_size[sizes[axis_name]]
+        for name, numbers in here.items():
+            model.get_parameter(name).data = numbers
         yield
     finally:
         for name, data in kept.items():

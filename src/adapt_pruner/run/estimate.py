@@ -336,6 +336,28 @@ def repair_memory(
     }
 
 
+def writing_memory(of: Shapes, how: Setup, *, rows: int, length: int, moments: bool) -> dict[str, int]:
+    """Bytes of one process at the end of writing text (`data.selfwritten`), by what holds them.
+
+    Keys and values of all tokens take 2 K numbers a token, and those of one layer are copied as a token is added. Four numbers for
+    each token of the vocabulary and each row are held to draw from. In memory all matrices are cast to bfloat16 once.
+
+    Args:
+        rows: sequences written side by side.
+        length: tokens of each.
+        moments: whether the optimiser's moments are carried.
+    """
+    element, shelved = 2 if how.narrow else 4, how.offload != "none"
+    cast = max(of.largest, of.head) if shelved else of.decoder + of.head
+    return {
+        **_held(of, how, moments=moments),
+        "keys and values": element * 2 * of.keys * (of.layers + 1) * rows * length // of.layers,
+        "weights at hand": max(how.at_hand(of.largest, ahead=of.largest), how.at_hand(of.head)),
+        "bfloat16 copies": 2 * cast if how.narrow else 0,
+        "logits": 4 * 4 * of.vocabulary * rows,
+    }
+
+
 def _held(of: Shapes, how: Setup, *, moments: bool) -> dict[str, int]:
     """Bytes that a process holds as long as it prunes."""
     held = {

@@ -24,6 +24,7 @@ from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shelf import SCRATCH
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
+from adapt_pruner.data.selfwritten import BATCH, BATCH_FROM_SHELF
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
 from adapt_pruner.recipe import Recipe, parts
@@ -42,6 +43,7 @@ from adapt_pruner.run.estimate import (
     repair_memory,
     shapes,
     training_memory,
+    writing_memory,
 )
 from adapt_pruner.run.estimate import seconds as seconds_of
 from adapt_pruner.score.calibrate import Evidence
@@ -93,8 +95,6 @@ def needs_whole_model(work: Work) -> str:
         or by_passes(work, "metric") is not None,
         "a model with a weight mask": work.weight_mask is not None,
         "text that the model writes to train on": bool(specs_to_write(recipe)),
-        "its self-written text (name another text, and set calibration.self_generated=0)": work.reads_text
-        and (writes_text(recipe) or (recipe.repair is not None and recipe.calibration.self_generated > 0)),
     }
     return next((f"{what} needs the whole model in memory" for what, applies in reasons.items() if applies), "")
 
@@ -138,10 +138,8 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
         if tasks and evaluation.tasks is not None:
             add("task", stage, None)
 
-    calibrating = [calibration.samples] if work.reads_text and writes_text(recipe) else []
-    learnt = recipe.training.written if specs_to_write(recipe) else 0
-    for samples in (*calibrating, calibration.self_generated if recipe.repair is not None else 0, learnt):
-        if samples and not begun:  # on a GPU the time of a token depends on its kernels, not on its operations
+    for samples in () if begun else _written(work):
+        if samples:  # on a GPU the time of a token depends on its kernels, not on its operations
             a_token = operations(now, replace(how, length=calibration.length), kind="read")
             add("write", 0, None if how.device == "cuda" else samples * calibration.length * a_token)
     if "params_before" not in state.figures:
@@ -167,6 +165,24 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
         measure(stage.stage, of, tasks=stage.stage == recipe.stages)
     add("finish", 0)
     return Planned(targets=[stage.params for stage in work.stages], tokens=tokens, items=items)
+
+
+def _written(work: Work) -> tuple[int, int, int]:
+    """Sequences that the model writes to calibrate on, for the repair, and to train on."""
+    recipe, calibration = work.recipe, work.recipe.calibration
+    return (
+        calibration.samples if work.reads_text and writes_text(recipe) else 0,
+        calibration.self_generated if recipe.repair is not None else 0,
+        recipe.training.written if specs_to_write(recipe) else 0,
+    )
+
+
+def _reads(work: Work, phase: str) -> float:
+    """How often a phase reads all weights, with weights on disk."""
+    if phase != "write":
+        return _READS.get(phase, 0)
+    batches = [math.ceil(samples / BATCH_FROM_SHELF) for samples in _written(work) if samples]
+    return work.recipe.calibration.length * sum(batches) / len(batches)  # once for each token of a batch
 
 
 def _halfway(work: Work, stage: Stage, now: Shapes, *, start: int) -> tuple[int, int]:
@@ -212,7 +228,7 @@ def seconds(work: Work, how: Setup, speed: Speed, planned: Planned) -> dict[tupl
             taught = 0.0 if how.teacher is None else tokens * operations(how.teacher, how, kind="read")  # a teacher only reads
         took = seconds_of(of, how, speed.of(phase), flops=flops - taught, trained=tokens)
         if how.offload == "disk":
-            took = max(took, item["times"] * _READS.get(phase, 0) * how.file_bytes * dense.params / DISK)
+            took = max(took, item["times"] * _reads(work, phase) * how.file_bytes * dense.params / DISK)
         by_phase[number, phase] = by_phase.get((number, phase), 0.0) + took + seconds_of(dense, how, speed, flops=taught)
     return by_phase
 
@@ -234,6 +250,8 @@ def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, 
     )  # fmt: skip
     after = dense.cut_to(round(dense.params * work.stages[0].params / work.num_params)) if work.stages else dense
     passes = [scoring(evidence=use.evidence)]
+    if rows := min(BATCH if how.offload == "none" else BATCH_FROM_SHELF, max(_written(work))):
+        passes.append(writing_memory(dense, how, rows=rows, length=calibration.length, moments=moments))
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
     if recipe.repair is not None and "gram" in parts.needs("repair", recipe.repair):

@@ -140,10 +140,18 @@ def loss_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task =
         return task.loss(model, batch.to(device))
 
 
-def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> None:
+@torch.no_grad()
+def read_above(model: nn.Module, batch: Tensor, leaving: Tensor, *, task: Task = CAUSAL_LM, dtype: str) -> Tensor:
+    """What enters the head, [batch, length, width], of a batch as in `loss_above`; no layer is run."""
+    with unused(task.entrance(model)), _standing_in(decoder_layers(model), leaving):
+        return _read(model, batch, task, dtype)
+
+
+def _read(model: nn.Module, batch: Tensor, task: Task, dtype: str) -> Tensor:
     device = next(model.parameters()).device
     with precision(device, dtype):
-        task.read(model, batch.to(device))
+        hidden: Tensor = task.read(model, batch.to(device)).last_hidden_state
+    return hidden
 
 
 class _StandIn(nn.Module):
