@@ -21,6 +21,7 @@ from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.export import export
+from adapt_pruner.grow import with_experts
 from adapt_pruner.reduce.slice import slice_to
 from conftest import LAYOUTS, VOCAB, byte_tokenizer, tiny_model
 
@@ -102,4 +103,18 @@ def test_a_layer_may_lack_its_mlp_but_not_its_attention(tmp_path: Path) -> None:
 def test_it_reads_what_is_exported_for_it(form: str, tmp_path: Path) -> None:
     model = wide("llama", kinds=("neurons",))
     export(Loaded(model, byte_tokenizer(), torch.float32, None, None, "tiny", 0), tmp_path / "model", to=form)
+    check(model, tmp_path / "model", "auto")
+
+
+@pytest.mark.parametrize("layout", ["llama", "qwen3"])
+def test_it_reads_a_model_that_grew_to_experts(layout: str, tmp_path: Path) -> None:
+    found = next(pair for pair in LAYOUTS if pair[1] == layout)
+    model = with_experts(
+        tiny_model(found, vocab_size=VOCAB, head_dim=32, hidden_size=64), 4, 2
+    )  # a width that vLLM has kernels for
+    with torch.no_grad():  # experts that differ, so that a token's own ones count
+        for name, weight in model.named_parameters():
+            if "experts" in name:
+                weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    save(model, byte_tokenizer(), tmp_path / "model", dtype=torch.float32)
     check(model, tmp_path / "model", "auto")
