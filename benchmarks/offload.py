@@ -7,8 +7,8 @@
 
 The models have the shapes of Llama-3.1-8B and Llama-3.1-70B, `--layers` of their layers and random bfloat16 weights. They are made once, in the
 folder `--folder` (4 GB and 11 GB with four layers; a whole 8B takes 16 GB). Each run is a process of its own, calibrated on 32
-sequences of 128 random tokens, `step=1`, without text of its own; with `--own-text` on as much text that the model writes. `anonymous` is memory that cannot be given back; pages of mapped
-files are told apart. `--whole` takes all layers, under `ulimit -d`. `--time` compares disk, cpu and memory on smollm2-135m-instruct.
+sequences of 128 random tokens, with `--own-text` on as many that the model writes, `step=1`, without repair text. `anonymous` is
+memory that cannot be given back; pages of mapped files are told apart. `--whole` takes all layers, under `ulimit -d`. `--time` compares disk, cpu and memory on smollm2-135m-instruct.
 One JSON line per run goes to DIR/results.jsonl; a run that has its line is not made again.
 """
 
@@ -169,17 +169,15 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     results = options.folder / "results.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = [{"own_text": False} | json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for like in ["smollm2"] if options.time else options.like:
         layers = SHAPES[like]["layers"] if options.whole else options.layers
         model = Path("smollm2-135m-instruct") if options.time else made(options.folder, like, layers)
         for method in options.methods:
             for offload in ["none", "cpu", "disk"] if options.time else options.offload:
                 key = {"like": like, "layers": layers, "method": method, "offload": offload, "samples": options.samples}
-                key |= {"own_text": True} if options.own_text else {}
-                found = next(
-                    (row for row in done if key.items() <= row.items() and options.own_text == ("own_text" in row)), None
-                )
+                key["own_text"] = options.own_text
+                found = next((row for row in done if key.items() <= row.items()), None)
                 recipe = recipe_of(
                     model, method, offload, samples=options.samples, folder=options.folder, own_text=options.own_text
                 )

@@ -109,9 +109,8 @@ def test_it_reads_what_is_exported_for_it(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["llama", "qwen3"])
 def test_it_reads_a_model_that_grew_to_experts(layout: str, tmp_path: Path) -> None:
     found = next(pair for pair in LAYOUTS if pair[1] == layout)
-    model = with_experts(
-        tiny_model(found, vocab_size=VOCAB, head_dim=32, hidden_size=64), 4, 2
-    )  # a width that vLLM has kernels for
+    dense = tiny_model(found, vocab_size=VOCAB, head_dim=32, hidden_size=64)  # a width that vLLM has kernels for
+    model = with_experts(dense, 4, 2)
     with torch.no_grad():  # experts that differ, so that a token's own ones count
         for name, weight in model.named_parameters():
             if "experts" in name:

@@ -282,7 +282,7 @@ class _Found:
 
 
 _Piece = tuple[Tensor, Tensor | None]
-"""Token ids, [batch, length], and what enters the unpruned model's head for them if fitness is a divergence."""
+"""Token ids, [batch, length]; with `fitness=kl` also the input of the unpruned model's head for them, [batch, length, width]."""
 Sizes = Mapping[str, int]
 
 

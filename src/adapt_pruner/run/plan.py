@@ -178,7 +178,7 @@ def _written(work: Work) -> tuple[int, int, int]:
 
 
 def _reads(work: Work, phase: str) -> float:
-    """How often a phase reads all weights, with weights on disk."""
+    """How often a phase reads all weights, with weights on disk; of the texts that the model writes, the mean."""
     if phase != "write":
         return _READS.get(phase, 0)
     batches = [math.ceil(samples / BATCH_FROM_SHELF) for samples in _written(work) if samples]
