@@ -143,6 +143,9 @@ def test_training_counts_by_its_tokens_and_goes_over_to_the_next_stage() -> None
     measured = [*begun, *done, (100, phase("evaluate")), (107, Evaluation(stage=1))]
     assert followed(measured).left == pytest.approx(200)
     assert followed([*begun, *steps, (30, Start(params=1000, target=500, seconds_left=50.0))]).left == 50, "a deadline is the end"
+    timed = trains.model_copy(update={"seconds_left": 60.0})
+    written = [(0, timed), (0, phase("train")), (10.0, Step(stage=1, step=1, tokens=100))]
+    assert followed(written).high == 50, "already while texts are written, before the run starts"
 
 
 def test_a_search_and_layers_count_by_their_rounds() -> None:

@@ -433,6 +433,11 @@ class Work:
         return self._earlier + time.perf_counter() - self.started
 
     @property
+    def deadline(self) -> dict[str, Any]:
+        """For events: `seconds_left` until the run must end; nothing without a time limit."""
+        return {} if self.recipe.minutes is None else {"seconds_left": max(0.0, 60 * self.recipe.minutes - self.elapsed)}
+
+    @property
     def step(self) -> float:
         """The recipe's `step`; 1 once half of its `minutes` are over, training aside: then one cut takes all of a stage."""
         minutes = self.recipe.minutes

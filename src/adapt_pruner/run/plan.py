@@ -164,7 +164,7 @@ def phases(work: Work, how: Setup, *, begun: bool = False, reads: int | None = N
             add("train", stage.stage, left * operations(_in_training(work, stage, now), how, kind="train"))
         measure(stage.stage, of, tasks=stage.stage == recipe.stages)
     add("finish", 0)
-    return Planned(targets=[stage.params for stage in work.stages], tokens=tokens, items=items)
+    return Planned(targets=[stage.params for stage in work.stages], tokens=tokens, items=items, **work.deadline)
 
 
 def _written(work: Work) -> tuple[int, int, int]:

@@ -560,7 +560,6 @@ def tell_start(work: Work, *, training_tokens: int) -> None:
     source = recipe.calibration.ids or recipe.calibration.source
     start, decoder = sizes_begun(work)
     decoder_target = None if "residual" in recipe.axes else max(0, decoder - start + min(start, work.budget.keep))
-    left: dict[str, Any] = {} if recipe.minutes is None else {"seconds_left": max(0.0, 60 * recipe.minutes - work.elapsed)}
     work.tell(Start(
         method=recipe.method, dequantised=work.loaded.dequantised, text=", ".join(domains(source)) if work.reads_text else None, decoder=decoder,
         decoder_target=decoder_target, stages=recipe.stages, params=work.budget.total, target=work.budget.keep, now=work.num_params,
@@ -569,5 +568,5 @@ def tell_start(work: Work, *, training_tokens: int) -> None:
         training_tokens=training_tokens, trained_tokens=state.progress.tokens, processes=world.size(),
         parallel=recipe.parallel, began=state.began, sizes=families.sizes(work.model), layers_left=state.layers_left,
         device=work.model.device.type, precision="bfloat16" if uses_bfloat16(work.model.device, recipe.dtype) else "float32",
-        **left,
+        **work.deadline,
     ))  # fmt: skip

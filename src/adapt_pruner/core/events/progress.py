@@ -161,6 +161,8 @@ class ProgressTracker:
         if self._began is None:
             self._began = self._now = now
         self._passed, self._now = max(0.0, now - self._now), max(now, self._now)
+        if isinstance(event, Planned | Start) and event.seconds_left is not None:
+            self._deadline = self._now + event.seconds_left
         if self._current is not None and self._current.phase != "train" and not isinstance(event, Step):
             self._current.spent += self._passed  # that of training is counted at its steps
         if self._inner is not None and isinstance(event, Progress):
@@ -216,8 +218,6 @@ class ProgressTracker:
             case Start():
                 self._params, self._tokens = event.params if event.now is None else event.now, event.trained_tokens
                 self._all_tokens = event.training_tokens
-                if event.seconds_left is not None:
-                    self._deadline = self._now + event.seconds_left
             case Progress():
                 self._turn_to(event.phase, event.stage or 0)
                 self._shown = event

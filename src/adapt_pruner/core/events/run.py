@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from adapt_pruner.core.events import Count, Event
+from adapt_pruner.core.events import Count, Event, Seconds
 from adapt_pruner.core.events.words import answered, millions
 
 _POOR = 0.5  # of the dense model's right answers
@@ -107,6 +107,7 @@ class Planned(Event):
         targets: parameters at the end of each stage.
         tokens: tokens still to be trained on in each stage.
         items: the phases in their order.
+        seconds_left: until the run must end, if it has a deadline.
     """
 
     event: Literal["planned"] = "planned"
@@ -114,6 +115,7 @@ class Planned(Event):
     targets: list[Count]
     tokens: list[Count]
     items: list[Item]
+    seconds_left: Seconds | None = None
 
 
 class Within(Event):
