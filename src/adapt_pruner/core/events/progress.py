@@ -161,8 +161,6 @@ class ProgressTracker:
         if self._began is None:
             self._began = self._now = now
         self._passed, self._now = max(0.0, now - self._now), max(now, self._now)
-        if isinstance(event, Planned | Start) and event.seconds_left is not None:
-            self._deadline = self._now + event.seconds_left
         if self._current is not None and self._current.phase != "train" and not isinstance(event, Step):
             self._current.spent += self._passed  # that of training is counted at its steps
         if self._inner is not None and isinstance(event, Progress):
@@ -205,6 +203,8 @@ class ProgressTracker:
     # What events say.
 
     def _follow(self, event: Event) -> None:
+        if isinstance(event, Planned | Start) and event.seconds_left is not None:
+            self._deadline = self._now + event.seconds_left
         match event:
             case Planned():
                 self._items, self._stage_tokens = [_Item(**item) for item in event.items], dict(enumerate(event.tokens, start=1))
