@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub is a fault
 if "PYTEST_XDIST_WORKER" in os.environ:  # of commands, too: workers with two threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pyarrow
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -50,6 +52,7 @@ LAYOUTS = [
     if not hasattr(family, "TASK")  # those of two towers have tests of their own
 ]
 HANGS = 900.0  # seconds after which a process is given up: it waits for what never comes, since none is that slow
+zstd = partial(pyarrow.Codec("zstd").compress, asbytes=True)
 VOCAB = 259  # three special tokens and the 256 bytes
 
 

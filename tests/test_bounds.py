@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 import torch
-import zstandard
 
 from adapt_pruner.checkpoint import load as loading
 from adapt_pruner.checkpoint.load import load
@@ -23,7 +22,7 @@ from adapt_pruner.data.tokens import calibration_ids
 from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.answer import answer
 from adapt_pruner.recipe import read
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, zstd
 from test_cli import ask, one_sentence
 
 __all__ = ["ask"]  # a fixture
@@ -90,7 +89,7 @@ def test_a_pipe_and_a_device_are_not_read(tmp_path: Path) -> None:
         documents(str(tmp_path / "pipe.txt"))
 
 
-@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress], ids=["gz", "zst"])
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gz", "zst"])
 def test_a_packed_file_does_not_unfold_without_end(
     pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

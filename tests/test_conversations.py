@@ -501,7 +501,7 @@ def test_how_much_is_written_by_the_time_that_there_is(
     few = planned(work, monkeypatch, speed=110.0)
     assert (few.base, few.texts, round(few.seconds), few.chat) == ("self-chat", 27, 49, 30)
     assert few.line.startswith(
-        "writing: the dense model first writes about 27 conversations to learn from, in about 49 s; that is few"
+        "writing: the dense model first writes up to 27 conversations to learn from, in about 49 s; that is few"
     )
     own = few.settings("a.txt#train", own=True)
     assert own["training.source"] == own["calibration.source"] == {"self-chat#train": 1.0, "a.txt#train": 1.0}
@@ -550,7 +550,7 @@ def test_shrink_keeps_a_chat_model_one(
     recipe = read(str(out / "recipe.yaml"))
     assert recipe.training.source == ({"self-chat#train": 1.0, f"{text_file}#train": 1.0} if own else "self-chat#train")
     assert recipe.evaluation.source == (f"{text_file}#heldout" if own else "self-chat#heldout")
-    assert "the dense model first writes about 12 conversations" in lines
+    assert "the dense model first writes up to 12 conversations" in lines
     assert "the small model answers" in said
     status, again, lines = ask(*words)
     assert status == 0, lines

@@ -469,7 +469,7 @@ def test_run_names_its_report_only_where_it_wrote_one(
     assert last("run") == said, "a run that was finished says the same again"
     (tmp_path / "run" / "report.html").unlink()
     assert ", the report" not in last("run")
-    monkeypatch.setattr(page, "write_report", lambda *_: (_ for _ in ()).throw(RuntimeError("no page today")))
+    monkeypatch.setattr(page, "write_page", lambda *_: (_ for _ in ()).throw(RuntimeError("no page today")))
     assert ", the report" not in last("other")
 
 
@@ -481,7 +481,7 @@ def test_a_run_whose_report_fails_is_a_run_all_the_same(
     def broken(*_: Any) -> Any:
         raise RuntimeError("no page today")
 
-    monkeypatch.setattr(page, "write_report", broken)
+    monkeypatch.setattr(page, "write_page", broken)
     with_card.run(
         small_recipe(tiny_folder, text_file, training={}, stages=1, step=1.0), tmp_path / "run", listen=as_dicts(listen)
     )

@@ -12,8 +12,9 @@ import pytest
 
 from adapt_pruner.report import with_card
 from adapt_pruner.report.comparison import comparison_page, comparison_pictures
-from adapt_pruner.report.page import write_page, write_report
+from adapt_pruner.report.page import page, write_page
 from adapt_pruner.report.paper import picture
+from adapt_pruner.report.record import read_record
 from test_report import small_recipe
 from test_report_comparison import comparison_result, many_methods
 
@@ -65,7 +66,7 @@ def _add_tasks(run_dir: Path) -> None:
 
     with (run_dir / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write(scored(0, (0.5, 0.9)) + "\n" + scored(2, (0.25, 0.7)) + "\n")
-    write_report(run_dir)
+    write_page(run_dir / "report.html", page(read_record(run_dir)))
 
 
 class Opened:

@@ -1,6 +1,6 @@
 """Let a model continue many sequences at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ def continued(
     temperature: float,
     seed: int,
     dtype: str = "float32",
-    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[list[int]]:
     """What a model writes after each sequence, up to and with the first of `ends`, or `most` tokens if it comes to no end.
 
@@ -46,7 +45,6 @@ def continued(
         temperature: of the draws; 0 takes the likeliest token each time.
         seed: of the draws.
         dtype: precision of the matrix products: `auto`, `float32` or `bfloat16`.
-        on_tokens: called with the number of tokens that were written since the last call.
 
     Raises:
         RunError: a logit is infinite or not a number.
@@ -69,10 +67,9 @@ def continued(
             )
             for numbers in _batches(sequences):
                 ids, attended = _padded([sequences[number] for number in numbers], device)
-                ended = _Ended(ends, ids.shape[1], on_tokens)
                 written = model.generate(
                     ids, attention_mask=attended, max_new_tokens=most, logits_processor=checks,
-                    stopping_criteria=StoppingCriteriaList([ended]), **draws,
+                    stopping_criteria=StoppingCriteriaList([_Ended(ends, ids.shape[1])]), **draws,
                 )[:, ids.shape[1] :].tolist()  # fmt: skip
                 replies |= {number: _until(new, ends) for number, new in zip(numbers, written, strict=True)}
             return [replies[number] for number in range(len(sequences))]
@@ -82,21 +79,19 @@ def continued(
 
 
 class _Ended(StoppingCriteria):  # type: ignore[misc]
-    """Stops once every sequence has come to an end."""
+    """Stops once every sequence has come to an end; those that have ended go on until then, and are cut afterwards."""
 
-    def __init__(self, ends: Sequence[Sequence[int]], start: int, on_tokens: Callable[[int], None]) -> None:
-        self._ends, self._start, self._on_tokens = ends, start, on_tokens
-        self._done: Tensor | None = None
+    def __init__(self, ends: Sequence[Sequence[int]], start: int) -> None:
+        self._ends, self._start = ends, start
+        self._done = torch.tensor(False)
 
     def __call__(self, input_ids: Tensor, scores: Any, **others: Any) -> Tensor:
         new = input_ids[:, self._start :]
-        done = torch.zeros(len(new), dtype=torch.bool, device=new.device) if self._done is None else self._done
-        self._on_tokens(int((~done).sum()))
+        self._done = self._done.to(new.device).expand(len(new))
         for end in self._ends:
             if new.shape[1] >= len(end):
-                done = done | (new[:, -len(end) :] == torch.tensor(end, device=new.device)).all(1)
-        self._done = done
-        return done.all().expand(len(new))  # those that have ended go on until all have, and are cut afterwards
+                self._done = self._done | (new[:, -len(end) :] == torch.tensor(end, device=new.device)).all(1)
+        return self._done.all().expand(len(new))
 
 
 def _until(written: list[int], ends: Sequence[Sequence[int]]) -> list[int]:

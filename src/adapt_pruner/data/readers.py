@@ -12,7 +12,6 @@ from typing import IO, Any
 
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import expanded, is_card, read_plain
-from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.core.system.strict_json import of_json
 from adapt_pruner.errors import UsageError, first_line
 
@@ -281,48 +280,10 @@ def _open(path: Path) -> IO[str]:
     if _ends(path, ".gz"):
         return gzip.open(path, "rt", encoding=encoding)
     if _ends(path, ".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise UsageError(f"{path} needs the zstandard package; {to_install('zstd')}") from error
-        return io.TextIOWrapper(io.BufferedReader(_Zstandard(path.open("rb"), zstandard), 2**20), encoding=encoding)
+        import pyarrow
+
+        return io.TextIOWrapper(pyarrow.input_stream(str(path), compression="zstd"), encoding=encoding)
     return path.open(encoding=encoding)
-
-
-class _Zstandard(io.RawIOBase):
-    """The content of a .zst file. If the file is damaged or cut off it raises OSError or EOFError, as gzip does.
-
-    zstandard's own `stream_reader` is not used because it ends without an error if a file is cut off.
-    """
-
-    def __init__(self, file: IO[bytes], zstandard: Any) -> None:
-        self._file, self._library = file, zstandard
-        self._frame: Any = None  # the frame that is being read
-        self._ready, self._packed = b"", b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            if not (packed := self._packed or self._file.read(2**18)):
-                if self._frame is not None:
-                    raise EOFError("compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
-            try:
-                self._ready, self._packed = self._frame.decompress(packed), b""
-            except self._library.ZstdError as error:
-                raise OSError(f"damaged zstd data ({error})") from error
-            if self._frame.eof:  # another frame may follow
-                self._packed, self._frame = self._frame.unused_data, None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _bounded(lines: IO[str], path: Path) -> Iterator[str]:

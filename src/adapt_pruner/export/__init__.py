@@ -16,7 +16,6 @@ from `plain.py`.
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
 from collections.abc import Iterator, Mapping
@@ -49,7 +48,7 @@ class Form(Protocol):
 
 def forms() -> list[str]:
     """The names of all forms, sorted; imports none of them."""
-    return sorted(path.stem for path in _files() if re.search(r"^ABOUT = ", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return sorted(path.stem for path in _files() if _has(path.stem, "ABOUT"))
 
 
 def form_of(name: str) -> Form:
@@ -59,7 +58,7 @@ def form_of(name: str) -> Form:
 
 def is_lazy(name: str) -> bool:
     """Whether the form `name` is written without all weights in memory, from what `checkpoint.stored.load_unread` gives."""
-    return "LAZY" in _names(name)
+    return _has(name, "LAZY")
 
 
 def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad: int | None = None) -> list[str]:
@@ -102,11 +101,9 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
     every_form = forms()
     if to not in every_form:
         raise UsageError(f"form {to!r} is not known; {nearest(to, every_form)}")
-    lacking = sorted({"write", "loading", "holds", "opened"} - _names(to))
-    assert not lacking, f"the form {to!r} has no {', '.join(lacking)}; export/__init__.py says what a form has"
     for name, value, names, what in (("quant", quant, "QUANTS", "number format"), ("pad", pad, "PADS", "widths")):
-        if value is not None and names not in _names(to):
-            able = " and ".join(option("to", form) for form in every_form if names in _names(form))
+        if value is not None and not _has(to, names):
+            able = " and ".join(option("to", form) for form in every_form if _has(form, names))
             raise UsageError(
                 f"{option(name, value)} works only with {able}; the form {to} sets its {what} itself, so leave it out"
             )
@@ -117,14 +114,8 @@ def _files() -> Iterator[Path]:
         yield from sorted(Path(folder).glob("[!_]*.py"))
 
 
-def _names(form: str) -> set[str]:
-    """The names that the file of a form defines or imports."""
-    names: set[str] = set()
-    for node in ast.parse(next(path for path in _files() if path.stem == form).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.ImportFrom):
-            names |= {alias.asname or alias.name for alias in node.names}
-        elif isinstance(node, ast.Assign):
-            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return names
+def _has(form: str, name: str) -> bool:
+    """Whether the file of a form sets a name; imports nothing."""
+    return any(
+        path.stem == form and re.search(rf"^{name} = ", path.read_text(encoding="utf-8"), re.MULTILINE) for path in _files()
+    )

@@ -21,6 +21,7 @@ from adapt_pruner.core.model.kinds import BLOCKS, kind_of
 from adapt_pruner.core.model.task import CAUSAL_LM
 from adapt_pruner.core.system.parts import part
 from adapt_pruner.errors import UsageError
+from adapt_pruner.reduce.learnt_units import held, put_back
 from adapt_pruner.reduce.repair.factors import scale_block, scale_units
 from adapt_pruner.work import Change, Reduction, TextUse, Work, check_training
 
@@ -99,6 +100,7 @@ class HardConcrete(Reduction):
         self._began: dict[str, int] = {}
         self._saved: Mapping[str, Any] = {}
         self._held: dict[str, nn.Parameter] = {}
+        self._optimizer: Any = None
 
     def check(self, work: Work) -> None:
         """Refuse a shape that the model cannot have, layers of unequal size, and training that does not work with masks."""
@@ -213,17 +215,9 @@ class HardConcrete(Reduction):
         for ascend in (False, True):
             those = [held for name, held in self._held.items() if name.endswith(".multipliers") is ascend]
             work.optimizer.add_param_group({"params": those, "weight_decay": 0.0, "scale": scale, "maximize": ascend})  # type: ignore[union-attr]
-        for name, values in self._saved.items():
-            parameter = self._held[name]
-            with torch.no_grad():
-                parameter.copy_(torch.tensor(values["value"]).to(device).view_as(parameter))
-            if values["moments"]:
-                work.optimizer.state[parameter] = {  # type: ignore[union-attr]
-                    key: torch.tensor(value).to(device).view(() if key == "step" else parameter.shape)
-                    for key, value in values["moments"].items()
-                }
-        self._saved = {}
         self._optimizer = work.optimizer
+        put_back(self._held, self._optimizer, self._saved)
+        self._saved = {}
 
     def _let_go(self, work: Work) -> None:
         """Remove log α and the multipliers from the optimiser, in place."""
@@ -248,14 +242,7 @@ class HardConcrete(Reduction):
 
     def state(self) -> dict[str, Any]:
         """Where learning began, and log α and the multipliers with their moments."""
-        held: dict[str, Any] = {}
-        for name, parameter in self._held.items():
-            moments = self._optimizer.state.get(parameter, {})  # type: ignore[union-attr]
-            held[name] = {
-                "value": parameter.detach().flatten().tolist(),
-                "moments": {key: value.flatten().tolist() if value.dim() else float(value) for key, value in moments.items()},
-            }
-        return {"began": dict(self._began), "held": held}
+        return {"began": dict(self._began), "held": held(self._held, self._optimizer)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""

@@ -18,28 +18,10 @@ from adapt_pruner.report.record import Record, read_record
 from adapt_pruner.report.template import placeless, rendered
 
 
-def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, whole or not at all; a run in any state has a page.
-
-    Args:
-        run_dir: the run's folder.
-        out: the page; by default report.html in that folder.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        UsageError: it is not the folder of a run.
-        RunError: the page cannot be written.
-    """
-    record = read_record(run_dir)
-    return write_page(Path(out) if out is not None else record.path / filenames.PAGE, page(record))
-
-
 def try_report(run_dir: Path) -> str | None:
     """Write the page of a run that has ended. A failure gives only a sentence, because the run is worth more than its page."""
     try:
-        write_report(run_dir)
+        write_page(run_dir / filenames.PAGE, page(read_record(run_dir)))
     except Exception as error:
         return f"the run has no new report: {first_line(error)}; `{typed('report', run_dir)}` tries again"
     return None

@@ -145,7 +145,7 @@ class Writing:
         what = "sequences" if self.base == SELF else "conversations"
         few = f"; that is few, so a longer run would be better (from {_MANY} on)" if self.texts < _MANY else ""
         return (
-            f"writing: the dense model first writes about {self.texts:,} {what} to learn from, in about {span(self.seconds)}{few}"
+            f"writing: the dense model first writes up to {self.texts:,} {what} to learn from, in about {span(self.seconds)}{few}"
         )
 
     def settings(self, source: str, *, own: bool) -> dict[str, Any]:

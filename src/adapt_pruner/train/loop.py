@@ -331,10 +331,7 @@ class _Batch:
             predicted = torch.zeros_like(ids, dtype=torch.bool)
         micro_tokens = how.micro_tokens or MICRO_TOKENS["cpu" if device.type == "cpu" else "cuda"]
         micro = max(1, micro_tokens // ids.shape[1])
-        if world.size() > 1:  # chat rows differ in width from process to process
-            widest = torch.tensor([-micro])
-            torch.distributed.all_reduce(widest, op=torch.distributed.ReduceOp.MAX)
-            micro = -int(widest)
+        micro = -world.most_of(-micro)  # chat rows differ in width from process to process
         domains = list(rows.domains(looked_at, stop)) if by_domain else [""] * len(ids)
         goals = [None] * len(ids) if how.towards is None or first >= len(rows) else list(rows.goals(looked_at, stop))
         self.losses: dict[str, tuple[float, float]] = {}
@@ -385,11 +382,7 @@ class _Batch:
 
     def _most(self, at_least: int, *, uneven: bool) -> int:
         """How many passes every process makes."""
-        if not uneven or world.size() == 1:
-            return at_least if not uneven else len(self.parts)
-        most = torch.tensor([len(self.parts)])
-        torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-        return int(most)
+        return world.most_of(len(self.parts)) if uneven else at_least
 
 
 def _accumulate(model: Any, batch: _Batch, how: TrainConfig, others: Sequence[Tensor], *, device: torch.device) -> Tensor:

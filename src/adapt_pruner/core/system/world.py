@@ -145,9 +145,15 @@ def sum_in_place(*tensors: Tensor) -> None:
 
 def any_of(flag: bool) -> bool:
     """Whether `flag` is set on any process. Every process must call this."""
-    count = torch.tensor(float(flag))
-    sum_in_place(count)
-    return bool(count)
+    return bool(most_of(flag))
+
+
+def most_of(number: int) -> int:
+    """The largest `number` of all processes. Every process must call this."""
+    most = torch.tensor(int(number))
+    if size() > 1:
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def meet() -> None:
