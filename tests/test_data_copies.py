@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from adapt_pruner.data import copies
+from adapt_pruner.data import copies, pieces
 from adapt_pruner.data.copies import Passages
 
 
@@ -36,7 +36,7 @@ def test_blocks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     known = Passages(texts[::2])
     whole = list(known.cover(texts))
     monkeypatch.setattr(copies, "_BLOCK", 1000)
-    monkeypatch.setattr(copies, "_BATCH", 500)
+    monkeypatch.setattr(pieces, "CHARACTERS", 500)
     in_blocks = list(Passages(texts[::2]).cover(texts))
     alone = [covered for text in texts for covered in known.cover([text])]
     for first, second, third in zip(whole, in_blocks, alone, strict=True):

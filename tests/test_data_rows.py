@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adapt_pruner.data import packing, store
+from adapt_pruner.data import pieces as in_pieces
 from adapt_pruner.data.fixed import Rows, stage_spans, training_rows
 from adapt_pruner.errors import RunError, UsageError
 from conftest import byte_tokenizer
@@ -77,7 +78,8 @@ def test_documents_are_packed_with_an_end_of_text_token_after_each(letters: str,
 def test_a_long_document_is_tokenised_in_pieces_and_comes_out_whole(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "_CHARACTERS", 50)
+    for module in (packing, in_pieces):
+        monkeypatch.setattr(module, "CHARACTERS", 50)
     monkeypatch.setattr(tokenizer, "_tokenizer", byte_tokenizer()._tokenizer)
     spaced, unbroken = " ".join(map(str, range(200))), "x" * 333
     rows = rows_of(jsonl(tmp_path / "t.jsonl", [spaced]), tmp_path, tokens=len(spaced) + 1, length=len(spaced) + 1)
@@ -90,7 +92,8 @@ def test_a_long_document_is_tokenised_in_pieces_and_comes_out_whole(
 def test_what_the_tokenizer_puts_before_a_text_it_puts_before_every_document(
     letters: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
 ) -> None:
-    monkeypatch.setattr(packing, "_CHARACTERS", piece)
+    for module in (packing, in_pieces):
+        monkeypatch.setattr(module, "CHARACTERS", piece)
     rows = rows_of(letters, tmp_path, tokens=26 * 17, length=17, tokenizer=byte_tokenizer(opens=True))
     assert sorted(texts_of(rows)) == ["<s>" + chr(97 + i) * 15 + "</s>" for i in range(26)]
 
@@ -168,7 +171,8 @@ def test_order_is_of_the_seed_and_the_same_for_any_number_of_processes(letters: 
 
 
 def test_documents_are_drawn_at_random_and_only_as_many_as_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CHARACTERS", 30)
+    for module in (packing, in_pieces):
+        monkeypatch.setattr(module, "CHARACTERS", 30)
     monkeypatch.setattr(packing, "_LEAST", 1)
     spec = jsonl(tmp_path / "many.jsonl", [f"{i:015d}" for i in range(1000)])
     tokenizer = byte_tokenizer()

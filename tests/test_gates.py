@@ -12,12 +12,11 @@ from adapt_pruner import families, score
 from adapt_pruner.core.model.axes import Axis, Gate, Mask, Slice
 from adapt_pruner.core.model.cut import cut
 from adapt_pruner.core.model.hooks import attached
-from adapt_pruner.core.model.layers import decoder_layers, streams
+from adapt_pruner.core.model.layers import decoder_layers
 from adapt_pruner.reduce.repair.closed_form import least_squares, mean_bias
 from adapt_pruner.score import activations, curvature, weights
 from adapt_pruner.score.blocks import block_influence
-from adapt_pruner.score.calibrate import score_sequentially
-from conftest import half, tiny_model
+from conftest import LAYOUTS, half, tiny_model
 from test_law import gap, ids, random_mask, wide_norms
 
 __all__ = ["ids"]  # a fixture
@@ -82,27 +81,11 @@ def test_a_transposed_layer_knows_its_sizes_after_a_cut() -> None:
     assert (layer.nx, layer.nf) == (20, 24) == tuple(layer.weight.shape)
 
 
-def test_the_axis_layers_says_where_the_decoder_layers_are(batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, other = tiny_model(), tiny_model()
-    assert decoder_layers(plain) is plain.model.layers is decoder_layers(plain, families.axes(plain))
-
-    def without_layers() -> Any:
-        return lambda **asked: other.model(**asked)
-
-    monkeypatch.setattr(other, "get_decoder", without_layers)
-    with pytest.raises(AttributeError):
-        streams(other, batches, dtype="float32")
-    scores = []
-    for model in (plain, other):
-        axes, mask = families.axes(model), half(families.axes(model))
-        found, _ = score(model, axes, batches, metrics=[weights.taylor], dtype="float32")
-        sizes = {name: int(keep.sum()) for name, keep in mask.kept.items()}
-        behind = score_sequentially(model, axes, sizes, batches, metric=activations.wanda, known={}, dtype="float32")
-        scores.append([*found.values(), *behind.values()])
-        least_squares(model, axes, mask, batches, dtype="float32")
-        mean_bias(model, axes, mask, batches, dtype="float32")
-    assert all(torch.equal(one, two) for one, two in zip(*scores, strict=True))
-    assert all(torch.equal(one, two) for one, two in zip(plain.parameters(), other.parameters(), strict=True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_axis_layers_is_where_the_decoder_layers_are(layout: str) -> None:
+    model = tiny_model(layout)
+    gate = next(axis.gate for axis in families.axes(model) if axis.name == "layers")
+    assert decoder_layers(model) is model.get_submodule(gate.module)
 
 
 def test_a_gate_of_each_kind() -> None:

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from adapt_pruner import families
 from adapt_pruner.checkpoint.load import load
 from adapt_pruner.cli import app
 from adapt_pruner.core.model.pattern import Pattern
@@ -74,7 +73,7 @@ def walked(
         told[names[weight.data_ptr()]] = inputs
         return magnitude(weight, HALF)
 
-    walk = Walk(model, families.axes(model), batches, solve, True, done, CAUSAL_LM, "float32")
+    walk = Walk(model, batches, solve, True, done, CAUSAL_LM, "float32")
     for number, _ in enumerate(steps(walk), start=1):
         if number == layers:
             break

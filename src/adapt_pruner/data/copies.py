@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adapt_pruner.data.pieces import by_characters
+
 _RUN = 100  # bytes of a passage, about 16 words: two texts do not share so many by chance
 _SAMPLED = 4  # one passage in this many is kept, chosen by its hash, so that every text keeps the same ones
 _BLOCK = 2**18  # bytes that are hashed at a time
-_BATCH = 2**20  # characters of a batch of texts
 _BASE = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2^64
 _BLANK = 32
 _MIXES = np.uint64(0xBF58476D1CE4E5B9)
@@ -31,13 +32,13 @@ class Passages:
 
     def __init__(self, texts: Iterable[str], *, most: int | None = None) -> None:
         """Read the texts; a passage that comes more than `most` times is left out: it is a formula, such as a licence or a prompt."""
-        sampled = [_sampled(batch).hashes for batch in _batches(texts)]
+        sampled = [_sampled(batch).hashes for batch in by_characters((text, text) for text in texts)]
         hashes, counts = np.unique(np.concatenate([np.zeros(0, np.uint64), *sampled]), return_counts=True)
         self._hashes = hashes if most is None else hashes[counts <= most]
 
     def cover(self, texts: Iterable[str]) -> Iterator[NDArray[np.bool_]]:
         """For each text, and each byte of it with single blanks: whether it lies in one of these passages."""
-        for batch in _batches(texts):
+        for batch in by_characters((text, text) for text in texts):
             sampled = _sampled(batch)
             shared = np.zeros(len(sampled.hashes), np.bool_)
             if len(self._hashes):
@@ -52,20 +53,6 @@ class Passages:
                 within = slice(first[number], first[number + 1])
                 edges = np.bincount(starts[within], minlength=size + 1) - np.bincount(stops[within], minlength=size + 1)
                 yield np.cumsum(edges)[:size] > 0
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts, about a million characters at a time."""
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= _BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True)

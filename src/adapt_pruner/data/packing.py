@@ -5,18 +5,17 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from adapt_pruner.data.chat import encode_chats
+from adapt_pruner.data.pieces import CHARACTERS, by_characters
 from adapt_pruner.data.sources import Document, identity, read
 from adapt_pruner.data.store import Chunk, Store, stored
 from adapt_pruner.data.tokens import opening
 from adapt_pruner.errors import UsageError
 
-T = TypeVar("T")
-_CHARACTERS = 2**20  # characters tokenised at one time
 _LEAST = 2**18  # tokens kept of a text, if it has as many
 
 
@@ -93,7 +92,7 @@ def _packed(tokenizer: Any, documents: Iterable[Document], length: int, limit: i
     before = [] if start == [end] else start  # if start and end are the same token, one of them between two texts is enough
     rows_left = -(-limit // length)
     stream: list[int] = []
-    for batch in _batched((piece[0], piece) for document in documents for piece in _pieces(document.text)):
+    for batch in by_characters((piece[0], piece) for document in documents for piece in _pieces(document.text)):
         texts = [text for text, _, _ in batch]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         for ids, (_, first, last) in zip(encoded, batch, strict=True):
@@ -124,15 +123,15 @@ def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
     """A text in pieces that fit in memory once tokenised, cut before a blank; for each, whether it is the first and the last."""
     start = 0
     while start < len(text):
-        stop = start + _CHARACTERS
-        blank = text.find(" ", stop, stop + _CHARACTERS)
-        stop = blank if blank >= 0 else stop + _CHARACTERS
+        stop = start + CHARACTERS
+        blank = text.find(" ", stop, stop + CHARACTERS)
+        stop = blank if blank >= 0 else stop + CHARACTERS
         yield text[start:stop], start == 0, stop >= len(text)
         start = stop
 
 
 def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: int) -> Iterator[Chunk]:
-    for batch in _batched((document.text, document) for document in documents):
+    for batch in by_characters((document.text, document) for document in documents):
         kept: list[tuple[list[int], list[bool]]] = []
         left_out = 0
         for ids, mask in encode_chats(tokenizer, batch):
@@ -151,20 +150,6 @@ def _chats(tokenizer: Any, documents: Iterable[Document], length: int, limit: in
         )
         if limit <= 0:
             return
-
-
-def _batched(items: Iterable[tuple[str, T]]) -> Iterator[list[T]]:
-    """The items in groups whose texts are together about `_CHARACTERS` long."""
-    batch: list[T] = []
-    characters = 0
-    for text, item in items:
-        batch.append(item)
-        characters += len(text)
-        if characters >= _CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _digest(documents: Iterable[Document]) -> str:

@@ -2,15 +2,31 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+T = TypeVar("T")
+CHARACTERS = 2**20  # of a group of texts
 _PIECE = 2**17  # characters encoded at one time; a tokenizer meanwhile needs some 165 bytes per character
 _OVERLAP = 2**12  # characters that two pieces share
 
 Ids = NDArray[np.int64]
+
+
+def by_characters(items: Iterable[tuple[str, T]]) -> Iterator[list[T]]:
+    """The items in groups whose texts are together about `CHARACTERS` long."""
+    group: list[T] = []
+    characters = 0
+    for text, item in items:
+        group.append(item)
+        characters += len(text)
+        if characters >= CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def ids_in_pieces(tokenizer: Any, parts: Iterable[str]) -> Iterator[Ids]:

@@ -350,7 +350,7 @@ class _Judge:
         flows = streams(work.model, batches, task=task, dtype=dtype)
         states: dict[tuple[Any, ...], list[Tensor]] = {(): [flow.hidden for flow in flows]}
         of_candidate: list[tuple[Any, ...]] = [()] * len(candidates)
-        for index, layer in enumerate(decoder_layers(work.model, work.axes)):
+        for index, layer in enumerate(decoder_layers(work.model)):
             axes = [axis for axis in self._axes if axis.layer == index]
             above: dict[tuple[Any, ...], list[Tensor]] = {}
             with fetched(layer):

@@ -85,7 +85,7 @@ class Sparse(Reduction):
             batches: list[Tensor] = []
             if "text" in needs:  # its tokens are counted once, however often the run is resumed
                 batches = work.data.calibration(work.iteration) if self._done else work.batches()
-            walk = Walk(work.model, work.axes, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
+            walk = Walk(work.model, batches, solve, "gram" in needs, self._done, work.task, recipe.dtype)
             depth = len(walk.layers)
             work.begins("layers", stage=work.state.stage)
             for solved in walked(walk, reads=_reads(recipe.solver)):
@@ -166,5 +166,5 @@ def check_pattern(work: Work) -> None:
         UsageError: there is such a layer.
     """
     pattern = Pattern.parse(work.recipe.sparsity)
-    for name, module in linear_layers(work.model, work.axes).items():
+    for name, module in linear_layers(work.model).items():
         pattern.check_inputs(name, oriented(module).shape[1])

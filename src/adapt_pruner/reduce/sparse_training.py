@@ -74,7 +74,7 @@ class SparseTraining(Reduction):
         check_training(work, "sparse_training", masks=True)
         check_dense(work)
         check_pattern(work)
-        for name, module in linear_layers(work.model, work.axes).items() if self.slorb else ():
+        for name, module in linear_layers(work.model).items() if self.slorb else ():
             if (inputs := oriented(module).shape[1]) % self.slorb:
                 raise UsageError(
                     f"{name} has {inputs:,} inputs, which is not a multiple of slorb={self.slorb}; give a divisor, such as 16, "
@@ -143,7 +143,7 @@ class SparseTraining(Reduction):
     def _chosen(self, work: Work, squares: Mapping[str, Tensor]) -> WeightMask:
         """The masks that fit the weights as they are now; `squares` are ‖x_j‖² of this process's inputs, by layer."""
         pattern, kept = Pattern.parse(work.recipe.sparsity), {}
-        for name, module in linear_layers(work.model, work.axes).items():
+        for name, module in linear_layers(work.model).items():
             scores = oriented(module).abs()
             if self.scores == "wanda":
                 norms = squares[name].clone()
@@ -182,7 +182,7 @@ def _add_block_sums(work: Work, size: int) -> None:
     """Add B (`block_sums`) beside each linear layer and to the optimiser's matrices, in place."""
     assert work.weight_mask is not None
     assert work.optimizer is not None
-    for layer in decoder_layers(work.model, work.axes):
+    for layer in decoder_layers(work.model):
         add_block_sums(layer, size)
     work.model.config.block_sums = size
     for name, keep in work.weight_mask.kept.items():
@@ -246,11 +246,11 @@ def _squares_of_text(work: Work) -> dict[str, Tensor]:
     model = work.model
     squares = {
         name: torch.zeros(oriented(module).shape[1], dtype=torch.float64, device=module.weight.device)  # type: ignore[arg-type]
-        for name, module in linear_layers(model, work.axes).items()
+        for name, module in linear_layers(model).items()
     }
-    flows = streams(model, world.share(work.batches()), axes=work.axes, task=work.task, dtype=work.recipe.dtype)
+    flows = streams(model, world.share(work.batches()), task=work.task, dtype=work.recipe.dtype)
     with _watched(model, squares):
-        for index, layer in enumerate(decoder_layers(model, work.axes)):
+        for index, layer in enumerate(decoder_layers(model)):
             with casting_once(layer):
                 for flow in flows:
                     flow.hidden = flow.through(layer, index)

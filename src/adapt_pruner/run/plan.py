@@ -368,7 +368,7 @@ def check_scratch(work: Work, scratch: Path) -> None:
     changed = sum(model.get_parameter(f"{name}.weight").numel() for name in gates) if recipe.repair is not None else 0
     if recipe.training.tokens:
         changed = max(changed, work.num_params)
-    hidden = len(decoder_layers(model, work.axes)) * recipe.calibration.samples * recipe.calibration.length * shapes(model).width
+    hidden = len(decoder_layers(model)) * recipe.calibration.samples * recipe.calibration.length * shapes(model).width
     if not scratch.is_dir():
         raise UsageError(f"{scratch} is no folder, and changed weights would go there; make it, or name another in {SCRATCH}")
     if (free := shutil.disk_usage(scratch).free) < (needed := _FLOAT * (changed + hidden)):

@@ -412,8 +412,7 @@ def _check_hidden(work: Work, teacher: Any) -> None:
             f"objectives.distil(hidden=…) compares hidden states with those of the teacher, layer by layer, but {what}; leave out hidden"
         )
     student_size, teacher_size = (
-        (len(decoder_layers(model, families.axes(model))), model.get_input_embeddings().weight.shape[1])
-        for model in (work.model, teacher)
+        (len(decoder_layers(model)), model.get_input_embeddings().weight.shape[1]) for model in (work.model, teacher)
     )
     if student_size != teacher_size:
         raise UsageError(

@@ -4,7 +4,7 @@ A metric is a function with a `yield` in it. Before the yield it attaches its ho
 (`Evidence`). During the yield the text runs through the model. After it the metric computes the scores and returns them:
 
     def change(model, axes):
-        with attached(layer.register_forward_hook(...) for layer in decoder_layers(model, axes)):
+        with attached(layer.register_forward_hook(...) for layer in decoder_layers(model)):
             yield Evidence.FORWARD
         return {"layers": ...}
 
@@ -171,7 +171,7 @@ def score(
                 by_layer = need is Evidence.GRADIENTS and not streams_too and len(task.towers) == 1
                 if (is_shelved(model) and need is Evidence.STREAM_GRADIENTS) or by_layer:
                     tell = _in_batches(on_batch, len(mine))
-                    sweep = Sweep(model, mine, axes=axes, task=task, dtype=dtype, tell=tell, further=streams_too)
+                    sweep = Sweep(model, mine, task=task, dtype=dtype, tell=tell, further=streams_too)
                     sweep.forward()
                     # The backward sweep runs each layer again. Metrics that watch activations finish first, to see the text once.
                     finished = {metric: finish(metric) for metric in running if metric not in of_weights and not streams_too}
@@ -318,8 +318,8 @@ def score_sequentially(
     """
     others = [axis for axis in axes if axis.name in sizes and axis.gate.kind in ("channels", "whole")]
     with gated(model, axes, Mask.of_sizes(others, known, sizes)):
-        layers = decoder_layers(model, axes)
-        flows = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
+        layers = decoder_layers(model)
+        flows = streams(model, world.share(batches), task=task, dtype=dtype)
         scores: Scores = {}
         for index, layer in enumerate(layers):
             inside = [axis for axis in axes if axis.layer == index and axis.gate.is_linear and axis.name in sizes]

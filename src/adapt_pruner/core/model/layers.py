@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.cut import first
 from adapt_pruner.core.model.modeling_pruned import STACKS, name_in
 from adapt_pruner.core.model.precision import casting_once, computed_in, precision
@@ -22,16 +21,8 @@ HIDDEN_BYTES = 2**29  # of a text between two layers, of a model on a shelf
 LOGITS_OF = 128  # tokens whose logits `Sweep` holds at one time on a CPU, where the loss may set the peak of memory
 
 
-def decoder_layers(model: Any, axes: Iterable[Axis] = ()) -> Any:
-    """The decoder layers of a model: the `nn.ModuleList` at the gate of its axis `layers`.
-
-    Args:
-        model: causal LM.
-        axes: its axes. Without an axis `layers` among them, this returns the list of that name (or GPT-2's `h`) in `get_decoder()`.
-    """
-    for axis in axes:
-        if axis.name == "layers":
-            return model.get_submodule(axis.gate.module)
+def decoder_layers(model: Any) -> Any:
+    """The decoder layers of a causal LM: the `nn.ModuleList` called `layers` (or GPT-2's `h`) in `get_decoder()`."""
     decoder = model.get_decoder()
     return getattr(decoder, name_in(decoder, STACKS))
 
@@ -63,19 +54,16 @@ class Stream:
 
 
 @torch.no_grad()
-def streams(
-    model: nn.Module, batches: Sequence[Tensor], *, axes: Iterable[Axis] = (), task: Task = CAUSAL_LM, dtype: str
-) -> list[Stream]:
+def streams(model: nn.Module, batches: Sequence[Tensor], *, task: Task = CAUSAL_LM, dtype: str) -> list[Stream]:
     """Each batch as it enters the first decoder layer; no layer is run for this.
 
     Args:
         model: causal LM; left as found.
         batches: token ids, int64 [batch, length].
-        axes: see `decoder_layers`.
         task: what the model learns.
         dtype: precision of the matrix products.
     """
-    inputs, layers = [], decoder_layers(model, axes)
+    inputs, layers = [], decoder_layers(model)
     with fetched(task.entrance(model)):
         for batch in batches:
             with _standing_in(layers) as (entered, keywords):
@@ -229,7 +217,6 @@ class Sweep:
     Args:
         model: causal LM in which every decoder layer is called once, with weights of its own.
         batches: token ids, int64 [batch, length]; may be none.
-        axes: see `decoder_layers`.
         task: what the model learns.
         dtype: precision of the matrix products.
         tell: called with the share of the work that is done.
@@ -241,7 +228,6 @@ class Sweep:
         model: nn.Module,
         batches: Sequence[Tensor],
         *,
-        axes: Iterable[Axis] = (),
         task: Task = CAUSAL_LM,
         dtype: str,
         tell: Callable[[float], None] = lambda share: None,
@@ -249,10 +235,10 @@ class Sweep:
     ) -> None:
         self._model, self._batches, self._task, self._dtype, self._tell = model, batches, task, dtype, tell
         self._to_the_bottom = further
-        self._stack = decoder_layers(model, axes)
+        self._stack = decoder_layers(model)
         self._layers = list(self._stack)
         self._device = next(model.parameters()).device
-        self._flows = streams(model, batches, axes=axes, task=task, dtype=dtype)
+        self._flows = streams(model, batches, task=task, dtype=dtype)
         self._wanted = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         weights = [weight for layer in self._layers for weight in layer.parameters()]
         gradients = sum(weight.nbytes for weight in weights if weight.requires_grad)

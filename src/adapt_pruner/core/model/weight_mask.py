@@ -27,9 +27,9 @@ from adapt_pruner.core.model.pattern import Pattern
 from adapt_pruner.core.model.shelf import numbers_of
 
 
-def linear_layers(model: nn.Module, axes: Sequence[Axis] = (), *, layer: int | None = None) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, *, layer: int | None = None) -> dict[str, nn.Module]:
     """The linear layers inside all decoder layers, or inside number `layer`: dotted name -> module, in the model's order."""
-    inside = {id(module) for module in decoder_layers(model, axes)[slice(layer, None if layer is None else layer + 1)].modules()}
+    inside = {id(module) for module in decoder_layers(model)[slice(layer, None if layer is None else layer + 1)].modules()}
     return {
         name: module
         for name, module in model.named_modules()

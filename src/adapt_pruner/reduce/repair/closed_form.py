@@ -93,13 +93,13 @@ def least_squares(
             f"the ridge is {ridge:g}; set calibration.samples higher"
         )
     mine, numbers = world.share(batches), world.share(range(len(batches)))
-    layers = decoder_layers(model, axes)
-    entering = streams(model, mine, axes=axes, task=task, dtype=dtype)
+    layers = decoder_layers(model)
+    entering = streams(model, mine, task=task, dtype=dtype)
     without = Mask(
         {axis.name: mask[axis.name] for axis in axes if axis.layer is None and axis.name in mask and axis.gate.kind != "logits"}
     )
     with gated(model, axes, without):
-        pruned = streams(model, mine, axes=axes, task=task, dtype=dtype) if sequential else entering
+        pruned = streams(model, mine, task=task, dtype=dtype) if sequential else entering
     tokens = torch.tensor(float(sum(batch.numel() for batch in mine)), dtype=torch.float64)
     world.sum_in_place(tokens)
     short, work = 1.0, len(layers) * (1 + factors)
@@ -317,8 +317,8 @@ def mean_bias(
     Source: FLAP, arXiv:2312.11983, its bias compensation; the mean is over all calibration tokens.
     """
     _need_text(batches)
-    layers = decoder_layers(model, axes)
-    entering = streams(model, world.share(batches), axes=axes, task=task, dtype=dtype)
+    layers = decoder_layers(model)
+    entering = streams(model, world.share(batches), task=task, dtype=dtype)
     count = torch.tensor(float(sum(batch.numel() for batch in world.share(batches))), dtype=torch.float64)
     world.sum_in_place(count)
     module: Any

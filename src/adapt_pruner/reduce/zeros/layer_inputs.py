@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import Stream, decoder_layers, streams
 from adapt_pruner.core.model.precision import casting_once
@@ -54,7 +53,6 @@ class Walk:
 
     Attributes:
         model: causal LM; its weights change.
-        axes: its axes.
         batches: calibration text, int64 [batch, length]; empty if the solver reads none.
         solve: solves one linear layer.
         gram: whether `solve` needs Z Zᵀ.
@@ -64,7 +62,6 @@ class Walk:
     """
 
     model: nn.Module
-    axes: Sequence[Axis]
     batches: Sequence[Tensor]
     solve: Solve
     gram: bool
@@ -74,11 +71,11 @@ class Walk:
     layers: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = decoder_layers(self.model, self.axes)
+        self.layers = decoder_layers(self.model)
 
     def flows(self, batches: Sequence[Tensor]) -> list[Stream]:
         """The hidden states of the batches before the first layer."""
-        return streams(self.model, batches, axes=self.axes, task=self.task, dtype=self.dtype)
+        return streams(self.model, batches, task=self.task, dtype=self.dtype)
 
     def through(self, flows: Sequence[Stream], index: int) -> None:
         """Run the text through a layer, in place."""
@@ -111,7 +108,7 @@ def onward(walk: Walk) -> Iterator[Solved]:
     flows = walk.flows(world.share(walk.batches))
     for index in range(len(walk.layers)):
         if index >= walk.done:
-            linear, kept, errors = linear_layers(walk.model, walk.axes, layer=index), dict[str, Tensor](), list[float]()
+            linear, kept, errors = linear_layers(walk.model, layer=index), dict[str, Tensor](), list[float]()
             sums, owner = _Sums(linear, gram=walk.gram), {}
             if walk.batches:
                 with casting_once(walk.layers[index]):
@@ -178,7 +175,7 @@ def _solve_layer(
     walk: Walk, index: int, flows: Sequence[Stream], kept: dict[str, Tensor], errors: list[float], *, correction: bool
 ) -> None:
     """Solve the linear layers of a decoder layer, in place, group by group; the layers of a group have the same input."""
-    layer, linear = walk.layers[index], linear_layers(walk.model, walk.axes, layer=index)
+    layer, linear = walk.layers[index], linear_layers(walk.model, layer=index)
     dense = copy.deepcopy(layer)
     by_path = dict(dense.named_modules())
     paths = {id(module): path for path, module in layer.named_modules()}
@@ -208,7 +205,7 @@ def _exchanged(walk: Walk, chunk: Sequence[int], kept: Mapping[str, Tensor]) -> 
         return dict(kept)
     every: dict[str, Tensor] = {}
     for number, index in enumerate(chunk):
-        for name, module in linear_layers(walk.model, walk.axes, layer=index).items():
+        for name, module in linear_layers(walk.model, layer=index).items():
             weight = oriented(module)
             keep = (
                 kept[name].to(weight.device, torch.int32)
