@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapt_pruner.core.model.feed import Goal
 from adapt_pruner.core.model.task import CAUSAL_LM
-from adapt_pruner.data import conversations, prompts
+from adapt_pruner.data import conversations, generation, prompts
 from adapt_pruner.data.conversations import Template, of_part, written_batches
 from adapt_pruner.data.fixed import Fixed, Span, training_rows
 from adapt_pruner.data.generation import continued
@@ -245,22 +245,25 @@ def test_parts_share_no_text(texts: Any) -> None:
         written_spec("self#test")
 
 
-def test_a_batch_is_continued_like_each_sequence_alone() -> None:
-    """Padding on the left changes nothing, and neither does what stands in the same batch."""
-    model = chatting(seed=3)
+@pytest.mark.parametrize("divisible", [True, False])
+@pytest.mark.parametrize("at_once", [1, 3, 16])
+def test_a_batch_is_continued_like_each_sequence_alone(at_once: int, divisible: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding on the left changes nothing, and neither does what stands in the same batch, or leaves it because it has ended."""
+    monkeypatch.setattr(generation, "_AT_ONCE", at_once)
+    if not divisible:
+        monkeypatch.setattr(generation, "_of_rows", lambda cache, rows: None)
+    model = chatting(seed=22)
     sequences = [[5, 9, 40], [7], list(range(10, 30)), [8, 8]]
-    how: dict[str, Any] = {"most": 12, "ends": [[VOCAB + 1]], "temperature": 0.0, "seed": 0}
-    together = continued(model, sequences, **how)
-    assert together == [continued(model, [sequence], **how)[0] for sequence in sequences]
+    free = continued(model, sequences, most=12, ends=[], temperature=0.0, seed=0)
     alone = model.generate(
-        torch.tensor([sequences[0]]),
-        attention_mask=torch.ones(1, 3),
-        max_new_tokens=12,
-        do_sample=False,
-        eos_token_id=VOCAB + 1,
-        pad_token_id=0,
-    )
-    assert together[0] == alone[0, 3:].tolist()
+        torch.tensor(sequences[:1]), attention_mask=torch.ones(1, 3), max_new_tokens=12, do_sample=False, eos_token_id=0, pad_token_id=0
+    )  # fmt: skip
+    assert free[0] == alone[0, 3:].tolist()
+    ends = [free[1][6:8], free[2][6:7], free[3][3:4]]
+    how: dict[str, Any] = {"most": 12, "ends": ends, "temperature": 0.0, "seed": 0}
+    together = continued(model, sequences, **how)
+    assert [len(new) for new in together] == [12, 8, 7, 4]
+    assert together == [continued(model, [sequence], **how)[0] for sequence in sequences]
 
 
 def test_an_end_of_several_tokens() -> None:

@@ -9,10 +9,11 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from adapt_pruner.core.model.precision import casting_once, precision, refuse_nonfinite
 
-_LONGER, _APART = (
-    2.0,
-    64,
-)  # a sequence this many times as long as the shortest of a batch, and so many tokens more, begins another
+_LONGER, _APART = 2.0, 64
+"""A sequence this many times as long as the shortest of a batch, and so many tokens more, begins another batch."""
+_AT_ONCE = 16
+"""Tokens after which the sequences that have ended leave the batch."""
+_CACHES = {"cache", "past_key_values"}  # how `generate` names its cache, by its version
 
 
 def ends_of(model: Any, tokenizer: Any) -> list[int]:
@@ -66,20 +67,50 @@ def continued(
                 {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
             )
             for numbers in _batches(sequences):
-                ids, attended = _padded([sequences[number] for number in numbers], device)
-                written = model.generate(
-                    ids, attention_mask=attended, max_new_tokens=most, logits_processor=checks,
-                    stopping_criteria=StoppingCriteriaList([_Ended(ends, ids.shape[1])]), **draws,
-                )[:, ids.shape[1] :].tolist()  # fmt: skip
-                replies |= {number: _until(new, ends) for number, new in zip(numbers, written, strict=True)}
+                written = _written(model, [sequences[number] for number in numbers], most, ends, logits_processor=checks, **draws)
+                replies |= dict(zip(numbers, written, strict=True))
             return [replies[number] for number in range(len(sequences))]
         finally:
             model.generation_config = own_config
             model.train(training)
 
 
+def _written(
+    model: Any, sequences: Sequence[Sequence[int]], most: int, ends: Sequence[Sequence[int]], **how: Any
+) -> list[list[int]]:
+    """What the model writes after each sequence of a batch; those that have ended leave it every `_AT_ONCE` tokens."""
+    ids, attended = _padded(sequences, next(model.parameters()).device)
+    start, rows = ids.shape[1], list(range(len(sequences)))
+    caches: dict[str, Any] = {}
+    written: list[list[int]] = [[] for _ in sequences]
+    while rows and (left := most - (ids.shape[1] - start)):
+        out = model.generate(
+            ids, attention_mask=attended, max_new_tokens=min(left, _AT_ONCE), return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([_Ended(ends, start)]), **caches, **how,
+        )  # fmt: skip
+        ids, before = out.sequences, rows
+        for row, new in zip(rows, ids[:, start:].tolist(), strict=True):
+            written[row] = new
+        rows = [row for row in rows if _stop(written[row], ends) is None]
+        going = torch.tensor([place for place, row in enumerate(before) if row in rows], dtype=torch.int64, device=ids.device)
+        ids = ids[going]
+        attended = torch.cat([attended[going], attended.new_ones(len(rows), ids.shape[1] - attended.shape[1])], dim=1)
+        caches = {name: out[name] for name in _CACHES & out.keys()}
+        if len(rows) < len(before):
+            caches = {name: part for name, cache in caches.items() if (part := _of_rows(cache, going)) is not None}
+    return [new[: _stop(new, ends)] for new in written]
+
+
+def _of_rows(cache: Any, rows: Tensor) -> Any:
+    """The cache of some rows of a batch; None, so that it is computed again, if a layer's cache cannot be divided."""
+    if not all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None])):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
+
+
 class _Ended(StoppingCriteria):  # type: ignore[misc]
-    """Stops once every sequence has come to an end; those that have ended go on until then, and are cut afterwards."""
+    """Stops once every sequence has come to an end."""
 
     def __init__(self, ends: Sequence[Sequence[int]], start: int) -> None:
         self._ends, self._start = ends, start
@@ -94,12 +125,10 @@ class _Ended(StoppingCriteria):  # type: ignore[misc]
         return self._done.all().expand(len(new))
 
 
-def _until(written: list[int], ends: Sequence[Sequence[int]]) -> list[int]:
-    """What was written up to and with the first end."""
-    for stop in range(1, len(written) + 1):
-        if any(written[max(0, stop - len(end)) : stop] == list(end) for end in ends):
-            return written[:stop]
-    return written
+def _stop(written: list[int], ends: Sequence[Sequence[int]]) -> int | None:
+    """The number of tokens up to and with the first end; None if there is no end."""
+    stops = range(1, len(written) + 1)
+    return next((stop for stop in stops if any(written[max(0, stop - len(end)) : stop] == list(end) for end in ends)), None)
 
 
 def _batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
