@@ -53,7 +53,10 @@ def forms() -> list[str]:
 
 def form_of(name: str) -> Form:
     """A form by its name, one of `forms()`."""
-    return cast(Form, importlib.import_module(f"{__name__}.{name}"))
+    form = importlib.import_module(f"{__name__}.{name}")
+    lacking = [what for what in ("loading", "write", "holds", "opened") if not hasattr(form, what)]
+    assert not lacking, f"the form {name!r} has no {', '.join(lacking)}; the top of export/__init__.py says what a form has"
+    return cast(Form, form)
 
 
 def is_lazy(name: str) -> bool:
