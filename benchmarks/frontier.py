@@ -260,11 +260,7 @@ def verdict(points: Sequence[Figures]) -> str:
     ahead = front(points)
     pruned = [point for point in ahead if is_pruned(point)]
     plain = [point for point in ahead if not is_pruned(point)]
-    names = "; ".join(
-        f"{title(point)} ({point['bytes'] / 1e6:.0f} MB, {point['mean']:.3f}"
-        + (f", {len(point['chat']['right'])} right)" if point.get("chat") else ")")
-        for point in ahead
-    )
+    names = "; ".join(f"{title(point)} ({point['bytes'] / 1e6:.0f} MB)" for point in ahead)
     listed = f"Files that no smaller one equals in bits per byte, the smallest first: {names}."
     if not any(map(is_pruned, points)):
         return f"No pruned file has been measured yet. {listed}"
