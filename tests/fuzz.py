@@ -25,7 +25,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +172,9 @@ def text_file(draw: Draw, folder: Path) -> str:
                 gzip.compress(b'{"text": "' + b"\0" * 2_000_000, 1) + gzip.compress(b"a" * 2**24, 1) * draw.choice([1, 300])
             )
         else:
-            import pyarrow
+            from conftest import zstd
 
-            packed = partial(pyarrow.Codec("zstd").compress, asbytes=True)
-            path.write_bytes(packed(b'{"text": "') + packed(b"a" * 2**24) * draw.choice([1, 300]))
+            path.write_bytes(zstd(b'{"text": "') + zstd(b"a" * 2**24) * draw.choice([1, 300]))
     else:
         if kind == "packed" and path.suffix == ".gz":
             content = gzip.compress(content)

@@ -88,16 +88,16 @@ def _written(
             ids, attention_mask=attended, max_new_tokens=min(left, _AT_ONCE), return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([_Ended(ends, start)]), **caches, **how,
         )  # fmt: skip
-        ids, before = out.sequences, rows
-        for row, new in zip(rows, ids[:, start:].tolist(), strict=True):
+        for row, new in zip(rows, out.sequences[:, start:].tolist(), strict=True):
             written[row] = new
-        rows = [row for row in rows if _stop(written[row], ends) is None]
-        going = torch.tensor([place for place, row in enumerate(before) if row in rows], dtype=torch.int64, device=ids.device)
-        ids = ids[going]
-        attended = torch.cat([attended[going], attended.new_ones(len(rows), ids.shape[1] - attended.shape[1])], dim=1)
+        places = [place for place, row in enumerate(rows) if _stop(written[row], ends) is None]
+        going = torch.tensor(places, dtype=torch.int64, device=ids.device)
+        ids = out.sequences[going]
+        attended = torch.cat([attended[going], attended.new_ones(len(places), ids.shape[1] - attended.shape[1])], dim=1)
         caches = {name: out[name] for name in _CACHES & out.keys()}
-        if len(rows) < len(before):
+        if len(places) < len(rows):
             caches = {name: part for name, cache in caches.items() if (part := _of_rows(cache, going)) is not None}
+        rows = [rows[place] for place in places]
     return [new[: _stop(new, ends)] for new in written]
 
 

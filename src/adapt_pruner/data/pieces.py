@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 T = TypeVar("T")
-CHARACTERS = 2**20  # of a group of texts
+CHARACTERS = 2**20  # of a group of texts that are handled together, or of a piece of a longer one
 _PIECE = 2**17  # characters encoded at one time; a tokenizer meanwhile needs some 165 bytes per character
 _OVERLAP = 2**12  # characters that two pieces share
 

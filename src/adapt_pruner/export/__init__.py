@@ -48,7 +48,7 @@ class Form(Protocol):
 
 def forms() -> list[str]:
     """The names of all forms, sorted; imports none of them."""
-    return sorted(path.stem for path in _files() if _has(path.stem, "ABOUT"))
+    return sorted(_that_set("ABOUT"))
 
 
 def form_of(name: str) -> Form:
@@ -61,7 +61,7 @@ def form_of(name: str) -> Form:
 
 def is_lazy(name: str) -> bool:
     """Whether the form `name` is written without all weights in memory, from what `checkpoint.stored.load_unread` gives."""
-    return _has(name, "LAZY")
+    return name in _that_set("LAZY")
 
 
 def export(loaded: Loaded, path: Path, *, to: str, quant: str | None = None, pad: int | None = None) -> list[str]:
@@ -105,20 +105,14 @@ def check_form(to: str, *, quant: str | None, pad: int | None = None) -> None:
     if to not in every_form:
         raise UsageError(f"form {to!r} is not known; {nearest(to, every_form)}")
     for name, value, names, what in (("quant", quant, "QUANTS", "number format"), ("pad", pad, "PADS", "widths")):
-        if value is not None and not _has(to, names):
-            able = " and ".join(option("to", form) for form in every_form if _has(form, names))
+        if value is not None and to not in (forms_with := _that_set(names)):
+            able = " and ".join(option("to", form) for form in sorted(forms_with))
             raise UsageError(
                 f"{option(name, value)} works only with {able}; the form {to} sets its {what} itself, so leave it out"
             )
 
 
-def _files() -> Iterator[Path]:
-    for folder in __path__:
-        yield from sorted(Path(folder).glob("[!_]*.py"))
-
-
-def _has(form: str, name: str) -> bool:
-    """Whether the file of a form sets a name; imports nothing."""
-    return any(
-        path.stem == form and re.search(rf"^{name} = ", path.read_text(encoding="utf-8"), re.MULTILINE) for path in _files()
-    )
+def _that_set(name: str) -> set[str]:
+    """The forms whose file sets a name; imports none of them."""
+    files = (path for folder in __path__ for path in Path(folder).glob("[!_]*.py"))
+    return {path.stem for path in files if re.search(rf"^{name} = ", path.read_text(encoding="utf-8"), re.MULTILINE)}
