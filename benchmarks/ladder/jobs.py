@@ -78,13 +78,7 @@ class Ladder:
 
     def jobs(self, plan: str) -> list[Job]:
         """The jobs of a plan, in order, each once."""
-        groups, rungs = self.table["plans"][plan], {}
-        if isinstance(groups, dict):  # as another plan, on other rungs
-            groups, rungs = self.table["plans"][groups["as"]], groups["rungs"]
-        jobs: dict[Job, None] = {}
-        for group in groups:
-            jobs.update(dict.fromkeys(self._of_group(group | {"rung": rungs.get(group["rung"], group["rung"])})))
-        return list(jobs)
+        return list(dict.fromkeys(job for group in self.table["plans"][plan] for job in self._of_group(group)))
 
     def _of_group(self, group: Mapping[str, Any]) -> Iterator[Job]:
         rung, rates = group["rung"], self.table["learning_rates"]
