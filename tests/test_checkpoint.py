@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapt_pruner import families
+from adapt_pruner.checkpoint import shards
 from adapt_pruner.checkpoint.load import load, pick_device
 from adapt_pruner.checkpoint.save import check_target, save, whole_or_nothing
 from adapt_pruner.core.model import modeling_pruned, modeling_sliced
@@ -732,3 +733,19 @@ def test_the_size_on_disk_is_that_of_the_weights(tmp_path: Path) -> None:
     parts = sorted((tmp_path / "parts").glob("*.safetensors"))
     assert len(parts) > 1
     assert load(str(tmp_path / "parts")).weight_bytes == sum(part.stat().st_size for part in parts)
+
+
+def test_weights_that_are_written_one_by_one_go_to_files_of_a_size_and_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(vocab_size=VOCAB)
+    model.config.save_pretrained(tmp_path)
+    most = max(tensor.numel() for tensor in model.state_dict().values()) * 4 + 1000
+    monkeypatch.setattr(shards, "_SHARD_BYTES", most)
+    seen: list[str] = []
+    shards.write_shards(shards.tensors_of(model), tmp_path, dtype=torch.float32, check=lambda name, numbers: seen.append(name))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and all(sum(t.numel() * 4 for t in load_file(file).values()) <= most for file in files)
+    assert set(seen) == set(read_json(tmp_path / "model.safetensors.index.json")["weight_map"])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
 
 from adapt_pruner.checkpoint.untrusted import FORMATS
@@ -39,20 +40,16 @@ def write_shards(
         check: called with the name and numbers of each tensor before it is written.
     """
     formats = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in tensors.items()}
-    sizes = {name: tensor.numel() * formats[name].itemsize for name, tensor in tensors.items()}
-    shards: list[list[str]] = [[]]
-    for name, size in sizes.items():
-        if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > _SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(name)
-    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = [filenames.WEIGHTS]
-    else:
-        places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+    split = split_state_dict_into_shards_factory(
+        {name: tensor.numel() * formats[name].itemsize for name, tensor in tensors.items()},
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=_SHARD_BYTES,
+    )
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / filenames.WEIGHTS_INDEX).write_text(to_json(index, indent=2) + "\n", encoding="utf-8")
-    for file, names in zip(files, shards, strict=True):
+    for file, names in split.filename_to_tensors.items():
         write_file({name: tensors[name] for name in names}, folder / file, formats, check=check)
 
 

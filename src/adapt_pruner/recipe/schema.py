@@ -6,7 +6,7 @@ parts (`methods/*.yaml`), and `method: NAME` fills in its keys where a recipe is
 """
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -352,7 +352,7 @@ def read(
     for key, value in (values or {}).items():
         _put(data, key, value)
     of_a_method = not isinstance(source, Mapping) and ALIASES.get(str(source), str(source)) in methods()
-    written = keys_of(overrides) | (set() if of_a_method else set(_dotted(data)))
+    written = keys_of(overrides) | (set() if of_a_method else set(dotted(data)))
     seen: set[str] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -395,13 +395,12 @@ def _read_yaml(name: str) -> dict[str, Any]:
         ) from error
 
 
-def _dotted(data: Mapping[str, Any], table: str = "") -> Iterator[str]:
-    """The dotted keys of the values in tables."""
+def dotted(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
+    """The values in tables by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{table}{key}.")
-        else:
-            yield f"{table}{key}"
+        found |= dotted(value, f"{table}{key}.") if isinstance(value, Mapping) else {f"{table}{key}": value}
+    return found
 
 
 def _put(data: dict[str, Any], dotted: str, value: Any) -> None:

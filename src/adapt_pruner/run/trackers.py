@@ -12,6 +12,7 @@ from adapt_pruner.core.system import world
 from adapt_pruner.core.system.provenance import to_install
 from adapt_pruner.errors import UsageError, first_line
 from adapt_pruner.recipe import Recipe
+from adapt_pruner.recipe.schema import dotted
 
 
 @contextmanager
@@ -44,7 +45,9 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             tracker = tracker_class("run" if where else run_dir.absolute().name, **where)
             if hasattr(tracker, "start"):
                 tracker.start()
-            tracker.store_init_configuration(_flat(recipe.model_dump(mode="json")))
+            settings = dotted(recipe.model_dump(mode="json"))
+            plain = {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()}
+            tracker.store_init_configuration(plain)
         except Exception as error:  # each tracker has its own kinds of errors
             raise UsageError(f"report_to {name} cannot be started ({first_line(error)}); set it up, or leave it out") from error
         running[name] = tracker
@@ -83,14 +86,3 @@ def check_trackers(recipe: Recipe) -> None:
     for name in recipe.report_to:
         if importlib.util.find_spec(name) is None:
             raise UsageError(f"report_to {name} needs the package {name}; {to_install(name)}")
-
-
-def _flat(data: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """One level of plain values, which is what every tracker takes."""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{key}.")
-        else:
-            flat[above + key] = value if isinstance(value, int | float | str | bool) else str(value)
-    return flat

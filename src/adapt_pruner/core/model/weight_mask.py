@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -212,10 +213,7 @@ def has_zeros(params: int, nonzero: int) -> bool:
 
 def packed(keep: Tensor) -> Tensor:
     """A mask as bits, uint8 [⌈entries / 8⌉]. The first entry is the highest bit of byte 0; the last byte ends in zeros."""
-    bits = torch.zeros(-(-keep.numel() // 8) * 8, dtype=torch.uint8)
-    bits[: keep.numel()] = keep.flatten().to("cpu", torch.uint8)
-    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-    return (bits.view(-1, 8) * places).sum(dim=1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(keep.flatten().cpu().numpy()))
 
 
 def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -227,5 +225,4 @@ def unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
     entries = math.prod(shape)
     if bits.dtype != torch.uint8 or bits.numel() != -(-entries // 8):
         raise ValueError(f"{bits.numel()} bytes of {bits.dtype} are no mask of {entries} entries")
-    places = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
-    return (bits[:, None] & places).bool().flatten()[:entries].view(*shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=entries)).bool().view(*shape)
