@@ -14,6 +14,6 @@ def command(*words: object) -> str:
     return done.stdout
 
 
-def evaluated(model: object, text: str, *more: object) -> dict[str, Any]:
-    """The figures of `eval` on 40 windows of a text, in the precision that the machine has."""
-    return dict(json.loads(command("eval", model, "--text", text, "--max-windows", 40, "--dtype", "auto", "--json", *more)))
+def evaluated(model: object, text: str, *more: object, windows: int = 40) -> dict[str, Any]:
+    """The figures of `eval` on so many windows of a text, in the precision that the machine has."""
+    return dict(json.loads(command("eval", model, "--text", text, "--max-windows", windows, "--dtype", "auto", "--json", *more)))

@@ -18,11 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from command import command
+from command import command, evaluated
 from shrink import MEASURED, MODEL, TEXT
 
 _PROMPTS, _WINDOWS = 100, 16
-_HOW = ("--dtype", "auto", "--json")
 
 
 def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, label: str) -> None:
@@ -43,18 +42,15 @@ def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, 
     del os.environ["ADAPT_PRUNER_CACHE"]  # the dense model answers once for all runs
     model = folder / "model"
     made = json.loads((model / "pruning.json").read_text(encoding="utf-8"))
-    read = {
-        name: json.loads(command("eval", model, "--text", text, "--max-windows", _WINDOWS, *_HOW))
-        for name, text in MEASURED.items()
-    }
+    bits = {name: evaluated(model, text, windows=_WINDOWS)["bits_per_byte"] for name, text in MEASURED.items()}
     figures = {
         "share": f"{share}{label}", "size": params, "asked": minutes, "seed": seed, "params": run["params_after"],
-        "trained": run["trained_tokens"], "written": _texts(made), "bits_per_byte": {name: its["bits_per_byte"] for name, its in read.items()},
-        "chat": json.loads(command("eval", model, "--chat", _PROMPTS, *_HOW))["chat"],
+        "trained": run["trained_tokens"], "written": _texts(made), "bits_per_byte": bits,
+        "chat": json.loads(command("eval", model, "--chat", _PROMPTS, "--dtype", "auto", "--json"))["chat"],
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / "model" / "model.safetensors").unlink(missing_ok=True)
+    (model / "model.safetensors").unlink()
 
 
 def _texts(made: dict[str, Any]) -> int:

@@ -403,9 +403,9 @@ def dotted(data: Mapping[str, Any], table: str = "") -> dict[str, Any]:
     return found
 
 
-def _put(data: dict[str, Any], dotted: str, value: Any) -> None:
+def _put(data: dict[str, Any], name: str, value: Any) -> None:
     """Set, in place, a dotted key; the tables on the way are copied, since they may be shared."""
-    *path, leaf = dotted.split(".")
+    *path, leaf = name.split(".")
     for key in path:
         inner = data.get(key)
         data[key] = dict(inner) if isinstance(inner, Mapping) else {}
