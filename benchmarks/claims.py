@@ -2,7 +2,7 @@
 
     python benchmarks/claims.py [GROUP | GROUP/JOB …] [--seeds 0] [--out runs/claims]
 
-Each job is one `adapt-pruner prune`, or one `run` of benchmarks/claims.yaml, and then `eval` on each of `TEXTS`. Call it from the project's
+Each job is one `adapt-pruner prune`, or one `run` of benchmarks/claims.yaml, and then `eval` on each of its texts. Call it from the project's
 folder, with ../shared/data beside it. A job that is done is skipped, and a stopped run goes on. Each job writes
 OUT/GROUP-JOB-SEED/figures.json when it ends; the table of all that is there goes to stdout at the end.
 """
@@ -21,9 +21,10 @@ from command import command, evaluated
 MODEL = "smollm2-135m-instruct"
 CORPUS = "../shared/data/corpus/{}/*.jsonl.gz#{}"
 TEXTS = {"wikitext2": "../shared/data/wikitext2/test_public.txt", "web_owt": CORPUS.format("web_owt", "heldout")}
+CHOOSING = {"wikitext2": "../shared/data/wikitext2/valid.txt", "web_c4": CORPUS.format("web_c4", "heldout")}  # of shares by layer
 DOMAINS = ("web_c4", "wiki", "books", "stackexchange")
 
-_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M"}
+_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M", 60: "70.8M"}
 _SEARCH = "rounds=10,tokens=1024,finalists=3"
 _SHAPE = "residual=448,kv_heads=2,neurons=1152,layers=24"  # 70,211,008 parameters
 _CUTS = {  # the same shape by one cut of each kind, scored alike, to exactly these parameters
@@ -46,7 +47,22 @@ def _searched(percent: int) -> dict[str, str]:
     }
 
 
+def _shares(percent: int, step: float) -> dict[str, str]:
+    """Rules that divide what is removed among layers; all else alike: the repair, heads late, the steps, the text."""
+    row = f"prune --params {_SIZES[percent]} --calibration-samples 32 --set calibration.self_generated=0 --set step={step}"
+    alike, adaptive = f"{row} --method first-layer-whole-ls", f"{row} --method adaptive-ls-v1 --set amplitude={step}"
+    return {
+        "alike": f"{alike} --set 'chooser=allocate.uniform(heads_after=0.5)'",
+        "first layer whole": alike,
+        "adaptive": adaptive,
+        "adaptive, log": f"{adaptive} --set distance=blocks.block_influence --set 'chooser=allocate.adaptive(heads_after=0.5,scale=log)'",
+    }
+
+
 JOBS: dict[str, dict[str, str]] = {
+    "shares-20": _shares(20, 0.1),
+    "shares-40": _shares(40, 0.2),
+    "shares-60": _shares(60, 0.3),
     "saap": {
         "fused, stability": "prune --params 113.3M --method saap",
         "fused": "prune --params 113.3M --method saap --set 'metric=saap.saap(stability=false)'",
@@ -119,7 +135,9 @@ def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
         run = json.loads(command("prune", model, "-o", folder / "model", "--json", *text, *words[1:]))
     else:
         run = json.loads(command("run", "benchmarks/claims.yaml", "-o", folder, "--json", "--set", f"seed={seed}", *words[1:]))
-    texts = TEXTS if words[0] == "prune" else TEXTS | {name: CORPUS.format(name, "heldout") for name in DOMAINS}
+    texts = CHOOSING if group.startswith("shares") else TEXTS
+    if words[0] == "run":
+        texts |= {name: CORPUS.format(name, "heldout") for name in DOMAINS}
     figures = {
         **{key: run[key] for key in ("params_after", "seconds", "peak_rss_bytes", "trained_tokens")},
         "perplexity": {name: _perplexity(folder / "model", text) for name, text in texts.items()},
@@ -184,19 +202,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    print(
-        "| group | job | seed | parameters | tokens | seconds | peak memory | WikiText-2 | web text | by domain |\n"
-        + "|---" * 10
-        + "|"
-    )
+    print("| group | job | seed | parameters | tokens | seconds | peak memory | perplexity |\n" + "|---" * 8 + "|")
     for seed in asked.seeds:
         for group, job in _wanted(asked.names):
             its = _at(asked.out, group=group, job=job, seed=seed)
-            domains = ", ".join(f"{name} {its['perplexity'][name]:.2f}" for name in DOMAINS if name in its["perplexity"])
+            texts = ", ".join(f"{name} {value:.2f}" for name, value in its["perplexity"].items())
             print(
                 f"| {group} | {job} | {seed} | {its['params_after']:,} | {its['trained_tokens']:,} | {its['seconds']:,.0f} | "
-                f"{its['peak_rss_bytes'] / 2**30:.2f} GiB | {its['perplexity']['wikitext2']:.2f} | {its['perplexity']['web_owt']:.2f} | "
-                f"{domains or '–'} |",
+                f"{its['peak_rss_bytes'] / 2**30:.2f} GiB | {texts} |",
                 flush=True,
             )
 
