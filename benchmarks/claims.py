@@ -59,10 +59,24 @@ def _shares(percent: int, step: float) -> dict[str, str]:
     }
 
 
+def _plain_shares(percent: int, step: float) -> dict[str, str]:
+    """The same rules as in the paper: no repair, and heads from the start."""
+    row = f"prune --params {_SIZES[percent]} --calibration-samples 32 --set step={step}"
+    return {
+        "alike": f"{row} --method uniform",
+        "first layer whole": f"{row} --method first-layer-whole",
+        "adaptive": f"{row} --method adapt-pruner --set amplitude={step}",
+    }
+
+
 JOBS: dict[str, dict[str, str]] = {
     "shares-20": _shares(20, 0.1),
     "shares-40": _shares(40, 0.2),
     "shares-60": _shares(60, 0.3),
+    "shares-20-plain": _plain_shares(20, 0.1),
+    "shares-40-plain": _plain_shares(40, 0.1),
+    "shares-60-plain": _plain_shares(60, 0.1),
+    "shares-40-fine": _shares(40, 0.1),
     "saap": {
         "fused, stability": "prune --params 113.3M --method saap",
         "fused": "prune --params 113.3M --method saap --set 'metric=saap.saap(stability=false)'",

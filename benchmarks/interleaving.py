@@ -26,6 +26,16 @@ VARIANTS = {
     "g b, uniform": ["method=uniform", "stages=1"],
     "h d, uniform": ["method=uniform"],
     "i e, one-shot": ["stages=1", "training.objective=objectives.distil(temperature=1)"],
+    "j b, repaired": ["method=adaptive-ls-v1", "calibration.self_generated=32", "stages=1"],
+    "k b, one ranking of all layers": ["method=efficientllm-one-cut", "axes=[neurons,kv_heads]", "stages=1"],
+    "l k, repaired": [
+        "method=adaptive-ls-v1",
+        "calibration.self_generated=32",
+        "chooser=rank.per_parameter",
+        "head_metric=null",
+        "stages=1",
+    ],
+    "m d, 80 % of the tokens in the last stage": ["training.shards=last=0.8"],
 }
 
 
