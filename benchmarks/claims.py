@@ -24,7 +24,7 @@ TEXTS = {"wikitext2": "../shared/data/wikitext2/test_public.txt", "web_owt": COR
 CHOOSING = {"wikitext2": "../shared/data/wikitext2/valid.txt", "web_c4": CORPUS.format("web_c4", "heldout")}  # of shares by layer
 DOMAINS = ("web_c4", "wiki", "books", "stackexchange")
 
-_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M", 60: "70.8M"}
+_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M"}
 _SEARCH = "rounds=10,tokens=1024,finalists=3"
 _SHAPE = "residual=448,kv_heads=2,neurons=1152,layers=24"  # 70,211,008 parameters
 _CUTS = {  # the same shape by one cut of each kind, scored alike, to exactly these parameters
@@ -47,9 +47,9 @@ def _searched(percent: int) -> dict[str, str]:
     }
 
 
-def _shares(percent: int, step: float) -> dict[str, str]:
+def _shares(what: str, step: float) -> dict[str, str]:
     """Rules that divide what is removed among layers; all else alike: the repair, heads late, the steps, the text."""
-    row = f"prune --params {_SIZES[percent]} --calibration-samples 32 --set calibration.self_generated=0 --set step={step}"
+    row = f"prune {what} --calibration-samples 32 --set calibration.self_generated=0 --set step={step}"
     alike, adaptive = f"{row} --method first-layer-whole-ls", f"{row} --method adaptive-ls-v1 --set amplitude={step}"
     return {
         "alike": f"{alike} --set 'chooser=allocate.uniform(heads_after=0.5)'",
@@ -59,9 +59,9 @@ def _shares(percent: int, step: float) -> dict[str, str]:
     }
 
 
-def _plain_shares(percent: int, step: float) -> dict[str, str]:
+def _plain_shares(what: str, step: float) -> dict[str, str]:
     """The same rules as in the paper: no repair, and heads from the start."""
-    row = f"prune --params {_SIZES[percent]} --calibration-samples 32 --set step={step}"
+    row = f"prune {what} --calibration-samples 32 --set step={step}"
     return {
         "alike": f"{row} --method uniform",
         "first layer whole": f"{row} --method first-layer-whole",
@@ -70,13 +70,16 @@ def _plain_shares(percent: int, step: float) -> dict[str, str]:
 
 
 JOBS: dict[str, dict[str, str]] = {
-    "shares-20": _shares(20, 0.1),
-    "shares-40": _shares(40, 0.2),
-    "shares-60": _shares(60, 0.3),
-    "shares-20-plain": _plain_shares(20, 0.1),
-    "shares-40-plain": _plain_shares(40, 0.1),
-    "shares-60-plain": _plain_shares(60, 0.1),
-    "shares-40-fine": _shares(40, 0.1),
+    "shares-20": _shares("--params 113.3M", 0.1),
+    "shares-40": _shares("--params 92M", 0.2),
+    "shares-40-fine": _shares("--params 92M", 0.1),
+    "shares-60": _shares("--params 70.8M", 0.3),
+    "shares-20-plain": _plain_shares("--params 113.3M", 0.1),
+    "shares-40-plain": _plain_shares("--params 92M", 0.1),
+    "shares-60-plain": _plain_shares("--params 70.8M", 0.1),
+    "gemma3-shares-20": _shares("gemma3-270m --params '80% of decoder'", 0.1),
+    "gemma3-shares-40": _shares("gemma3-270m --params '60% of decoder'", 0.2),
+    "gemma3-shares-60": _shares("gemma3-270m --params '40% of decoder'", 0.3),
     "saap": {
         "fused, stability": "prune --params 113.3M --method saap",
         "fused": "prune --params 113.3M --method saap --set 'metric=saap.saap(stability=false)'",
@@ -149,7 +152,7 @@ def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
         run = json.loads(command("prune", model, "-o", folder / "model", "--json", *text, *words[1:]))
     else:
         run = json.loads(command("run", "benchmarks/claims.yaml", "-o", folder, "--json", "--set", f"seed={seed}", *words[1:]))
-    texts = CHOOSING if group.startswith("shares") else TEXTS
+    texts = CHOOSING if "shares" in group else TEXTS
     if words[0] == "run":
         texts |= {name: CORPUS.format(name, "heldout") for name in DOMAINS}
     figures = {
