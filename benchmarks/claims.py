@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from command import command, evaluated
+from texts import TESTED, TUNED_ON
 
 MODEL = "smollm2-135m-instruct"
 CORPUS = "../shared/data/corpus/{}/*.jsonl.gz#{}"
-TEXTS = {"wikitext2": "../shared/data/wikitext2/test_public.txt", "web_owt": CORPUS.format("web_owt", "heldout")}
-CHOOSING = {"wikitext2": "../shared/data/wikitext2/valid.txt", "web_c4": CORPUS.format("web_c4", "heldout")}  # of shares by layer
+TEXTS = {"wikitext2": TESTED["WikiText-2"], "web_owt": TESTED["web text"]}
+CHOOSING = {"wikitext2": "../shared/data/wikitext2/valid.txt", "web_c4": TUNED_ON}  # of shares by layer
 DOMAINS = ("web_c4", "wiki", "books", "stackexchange")
 
 _SIZES = {20: "113.3M", 30: "102.7M", 40: "92M"}
@@ -154,7 +155,7 @@ def _at(out: Path, *, group: str, job: str, seed: int) -> dict[str, Any]:
         run = json.loads(command("run", "benchmarks/claims.yaml", "-o", folder, "--json", "--set", f"seed={seed}", *words[1:]))
     texts = CHOOSING if "shares" in group else TEXTS
     if words[0] == "run":
-        texts |= {name: CORPUS.format(name, "heldout") for name in DOMAINS}
+        texts = texts | {name: CORPUS.format(name, "heldout") for name in DOMAINS}
     figures = {
         **{key: run[key] for key in ("params_after", "seconds", "peak_rss_bytes", "trained_tokens")},
         "perplexity": {name: _perplexity(folder / "model", text) for name, text in texts.items()},

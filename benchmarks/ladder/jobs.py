@@ -81,10 +81,10 @@ class Ladder:
         return list(dict.fromkeys(job for group in self.table["plans"][plan] for job in self._of_group(group)))
 
     def _of_group(self, group: Mapping[str, Any]) -> Iterator[Job]:
-        rung, rates = group["rung"], self.table["learning_rates"] | self.table["rungs"][group["rung"]]
+        rung, rates = group["rung"], self.table["learning_rates"]
         if "rates" in group:
             for arm in group["rates"]:
-                at = self.table["arms"][arm].get("tried_at", rates["tried_at"])
+                at = self.table["arms"][arm].get("tried_at", rates["at_of"].get(rung, rates["at"]))
                 for lr in rates["tried"]:
                     yield Job(rung, rates["base"], arm, at, rates["seed"], lr)
             return
