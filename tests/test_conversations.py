@@ -51,7 +51,6 @@ def chatting(*, seed: int = 0, **changes: Any) -> Any:
 def few_and_short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few prompts of ours, and short answers."""
     monkeypatch.setattr(conversations, "our_prompts", lambda long: SHORT)
-    monkeypatch.setattr(conversations, "_OURS", 4)
     monkeypatch.setattr(conversations, "BATCH", 8)
     monkeypatch.setattr(conversations, "_ANSWER", 24)
     monkeypatch.setattr(conversations, "_DRAWN", 24)

@@ -23,22 +23,22 @@ from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.data.generation import continued, ends_of
 from adapt_pruner.data.prompts import Prompt, is_measured, our_prompts, prompts_of
+from adapt_pruner.data.selfwritten import BATCH as PLAIN
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF, SELF_CHAT, parts_of, read
 from adapt_pruner.data.store import Chunk, Kept, Store, joined, stored
 from adapt_pruner.errors import UsageError
 
-BATCH = 32
-"""Texts that are written at a time."""
+BATCH = 64
+"""Conversations that are written at a time."""
 HELD_OUT = 10
 """One text in this many is held out."""
-_OURS = 24  # prompts of ours in a batch, as long as they last; the model draws the others
 _KEPT = 64  # likeliest tokens kept for each learnt one
 _ANSWER, _DRAWN = 128, 96  # the most tokens of an answer, and of a prompt that the model draws
 _WARMTH = 0.7  # temperature of answers; prompts are drawn at 1
 _LONG = 4096  # tokens that a model must read for prompts with a long context
 _MARK = "Qzx7mark"  # stands for what somebody says; no template writes it itself
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Template:
@@ -125,7 +125,7 @@ def written_batches(
     batches: int | None = None,
     dense: Callable[[], Any] | None = None,
 ) -> list[Store]:
-    """About `texts` texts that a model writes, in batches of at most 32, each from the cache or written now and kept there.
+    """About `texts` texts that a model writes, in batches of at most 64, each from the cache or written now and kept there.
 
     Conversations that do not end are left out, and so is a prompt that comes twice or is close to one that is measured.
 
@@ -263,7 +263,7 @@ class _Writer:
 
     def _plain(self, seed: int) -> list[_Text]:
         windows = selfwritten_windows(
-            self._model, self._tokenizer, samples=BATCH, length=self._length, seed=seed, dtype=self._dtype
+            self._model, self._tokenizer, samples=PLAIN, length=self._length, seed=seed, dtype=self._dtype
         )
         return [_Text(ids, [True] * len(ids)) for ids in windows.tolist()]
 
@@ -287,11 +287,10 @@ class _Writer:
         return ended
 
     def _prompts(self, number: int) -> list[tuple[Prompt, list[int]]]:
-        """Our prompts of a batch, or the user's, which come again once all have been answered."""
+        """Our prompts of a batch, as long as they last, or the user's, which come again once all have been answered."""
         if self._theirs:
             return [self._openings[at % len(self._openings)] for at in range(BATCH * number, BATCH * (number + 1))]
-        size = _OURS if self._draws else BATCH
-        return self._openings[size * number : size * (number + 1)]
+        return self._openings[BATCH * number : BATCH * (number + 1)]
 
     def _drawn(self, count: int, seed: int) -> list[_Text]:
         """Prompts that the model draws after the header of a user's turn (arXiv:2406.08464); only those that end as they should."""
