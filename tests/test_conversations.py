@@ -188,7 +188,7 @@ def test_drawn_prompts_close_to_measured_ones_are_left_out(few: None, tmp_path: 
         return [tokenizer("Yes.<|im_end|>")["input_ids"] for _ in sequences]
 
     monkeypatch.setattr(conversations, "continued", drawn)
-    texts = [tokenizer.decode(ids) for ids, _ in rows(of_part(written(chatting(), tokenizer, tmp_path, texts=1), ""))]
+    texts = [tokenizer.decode(ids) for ids, _ in rows(of_part(written(chatting(), tokenizer, tmp_path, batches=2), ""))]
     assert sum("rivers" in text for text in texts) == 1
     assert not any("France" in text or "cut off" in text or "user\nx<" in text for text in texts)
 
@@ -198,11 +198,22 @@ def test_only_our_prompts_where_the_template_writes_no_header(few: None, tmp_pat
     tokenizer = chat_tokenizer(bare)
     monkeypatch.setattr(conversations._Writer, "_drawn", lambda *args: pytest.fail("there is nothing to draw from"))
     assert Template(tokenizer).header == []
-    assert len(written(chatting(), tokenizer, tmp_path, texts=100)) == 1
+    assert len(written(chatting(), tokenizer, tmp_path, texts=8)) > 1, "our prompts come again"
     with pytest.raises(UsageError, match="no prompt of 'self-chat' fits"):
         written(chatting(), chat_tokenizer("{{ raise_exception('never') }}"), tmp_path)
     with pytest.raises(UsageError, match="no chat template; take 'self'"):
         written(chatting(), chat_tokenizer(None), tmp_path)
+
+
+def test_all_answers_to_a_prompt_are_held_out_together(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversations, "our_prompts", lambda long: [Prompt((f"Say {i}",)) for i in range(20)])
+    batches = written(chatting(), chat_tokenizer(CHATML), tmp_path, texts=40)
+    train, held_out = (
+        [tuple(ids[: mask.index(True)]) for ids, mask in rows(of_part(batches, part))] for part in ("train", "heldout")
+    )
+    assert len(train) + len(held_out) > len({*train, *held_out}), "prompts come again"
+    assert held_out
+    assert not {*train} & {*held_out}
 
 
 def test_thinking_is_off_where_the_template_can() -> None:

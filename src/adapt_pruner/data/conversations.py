@@ -32,7 +32,7 @@ from adapt_pruner.errors import UsageError
 BATCH = 64
 """Conversations that are written at a time."""
 HELD_OUT = 10
-"""One text in this many is held out."""
+"""One in this many is held out."""
 _KEPT = 64  # likeliest tokens kept for each learnt one
 _ANSWER, _DRAWN = 128, 96  # the most tokens of an answer, and of a prompt that the model draws
 _WARMTH = 0.7  # temperature of answers; prompts are drawn at 1
@@ -127,7 +127,7 @@ def written_batches(
 ) -> list[Store]:
     """About `texts` texts that a model writes, in batches of at most 64, each from the cache or written now and kept there.
 
-    Conversations that do not end are left out, and so is a prompt that comes twice or is close to one that is measured.
+    Conversations that do not end are left out, and so is a drawn prompt that comes twice or is close to one that is measured.
 
     Args:
         model: the dense model; left as found.
@@ -163,7 +163,7 @@ def written_batches(
         return writer.batch(len(stores), seed=seed * 1_000_003 + len(stores))
 
     with suppress(_TooLateError):
-        while len(stores) < (writer.most(texts) if batches is None else batches):
+        while len(stores) < (3 + 4 * -(-texts // BATCH) if batches is None else batches):
             done = sum(map(len, stores))
             if batches is None and done >= texts:
                 break
@@ -179,9 +179,23 @@ class _TooLateError(Exception):
 
 
 def of_part(batches: Sequence[Store], part: str) -> Store:
-    """The texts to train on (`train`), those that are held out (`heldout`), or all; one in ten is held out."""
+    """The texts to train on (`train`), those that are held out (`heldout`), or all.
+
+    One prompt in ten is held out with all its answers; of fewer than ten prompts, one text in ten.
+    """
+    prompts = [_asked(store, row) for store in batches if store.mask is not None for row in range(len(store))]
+    number_of = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    numbers = list(map(number_of.__getitem__, prompts)) if len(number_of) >= HELD_OUT else range(len(prompts))
     held_out = HELD_OUT // 2
-    return joined(batches, chosen=lambda row: not part or (row % HELD_OUT == held_out) == (part == "heldout"))
+    return joined(batches, chosen=lambda row: not part or (numbers[row] % HELD_OUT == held_out) == (part == "heldout"))
+
+
+def _asked(store: Store, row: int) -> bytes:
+    """What stands before the first answer of a row; of plain text, which has no prompt, the whole row."""
+    span = store.tokens_of(row)
+    assert store.mask is not None
+    begins = int(store.mask[span].argmax())
+    return store.ids[span][: begins if begins > 1 else None].tobytes()
 
 
 @dataclass
@@ -239,13 +253,6 @@ class _Writer:
         """Whether the model draws prompts, too."""
         return not self._theirs and bool(self._template.header) and bool(self._template.footer)
 
-    def most(self, texts: int) -> int:
-        """The most batches that make sense for so many texts."""
-        batches = 3 + 4 * -(-texts // BATCH) if texts else 0
-        if self._spec == SELF or self._theirs or self._draws:
-            return batches
-        return min(batches, -(-len(self._openings) // BATCH))
-
     def batch(self, number: int, *, seed: int) -> Iterator[Chunk]:
         """The texts of a batch, those that came to their end."""
         texts = self._plain(seed) if self._spec == SELF else self._conversations(number, seed)
@@ -269,7 +276,7 @@ class _Writer:
 
     def _conversations(self, number: int, seed: int) -> list[_Text]:
         texts = [_Text(list(ids), [False] * len(ids), prompt) for prompt, ids in self._prompts(number)]
-        if self._draws:
+        if len(texts) < BATCH:
             texts += self._drawn(BATCH - len(texts), seed)
         ended = self._answered(texts, seed)
         further = []
@@ -287,10 +294,9 @@ class _Writer:
         return ended
 
     def _prompts(self, number: int) -> list[tuple[Prompt, list[int]]]:
-        """Our prompts of a batch, as long as they last, or the user's, which come again once all have been answered."""
-        if self._theirs:
-            return [self._openings[at % len(self._openings)] for at in range(BATCH * number, BATCH * (number + 1))]
-        return self._openings[BATCH * number : BATCH * (number + 1)]
+        """Our prompts of a batch, or the user's. They come again once all have been answered, ours beside as many that are drawn."""
+        count, size = len(self._openings), BATCH // 2 if self._draws and BATCH * number >= len(self._openings) else BATCH
+        return [self._openings[at % count] for at in range(size * number, size * (number + 1))]
 
     def _drawn(self, count: int, seed: int) -> list[_Text]:
         """Prompts that the model draws after the header of a user's turn (arXiv:2406.08464); only those that end as they should."""
