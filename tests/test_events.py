@@ -91,6 +91,7 @@ def test_a_log_of_an_older_version_lacks_keys() -> None:
     start = parse({"event": "start", "params": 10, "target": 5})
     assert isinstance(start, Start)
     assert start.line() == "pruning to 5 parameters, 50% of all, by "
+    assert Start(params=5, target=5).line() == "keeping all 5 parameters"
     assert start.begun == "dense"
     assert [Start(params=10, now=9).begun, Start(dense=False).begun, Start(params=9, now=9).begun] == [
         "at the start", "at the start", "dense",
