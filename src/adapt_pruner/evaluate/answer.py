@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList, TextStreamer
 
 from adapt_pruner.core.model.precision import precision, refuse_nonfinite
 from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
+from adapt_pruner.data.generation import ends_of
 from adapt_pruner.errors import RunError, UsageError, first_line, is_out_of_memory, option
 
 PROMPTS = ("What is the capital of France?", "Why is the sky blue?", "Write a sentence about a rainy day.")
@@ -125,9 +126,7 @@ def answer(
             f"model reads; shorten it, or lower {option('max_new_tokens')}"
         )
     ids = ids.to(model.device)
-    ends = model.generation_config.eos_token_id
-    ends = tokenizer.eos_token_id if ends is None else ends
-    ends = ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
+    ends = ends_of(model, tokenizer)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {
         "do_sample": False, "temperature": None, "top_k": None, "top_p": None,
     }  # fmt: skip

@@ -39,6 +39,7 @@ from adapt_pruner.core.events.words import millions
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.system.files import check_place, file_beside, is_there, lacks_disk_space, whole_file, write_whole
 from adapt_pruner.core.system.provenance import to_install
+from adapt_pruner.data.generation import ends_of
 from adapt_pruner.errors import RunError, UsageError, first_line, nearest, settings
 from adapt_pruner.export import llama_cpp
 from adapt_pruner.export.engines import Engine
@@ -151,8 +152,7 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None, pad: int | No
 
 def _modelfile(loaded: Loaded, path: Path) -> str:
     """What `ollama create` reads beside the file: where it is, and with which tokens a turn ends. The chat template is in the file."""
-    ends = loaded.model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
+    ends = ends_of(loaded.model, loaded.tokenizer)
     stops = [loaded.tokenizer.convert_ids_to_tokens(end) for end in ends if end < len(loaded.tokenizer)]
     lines = [
         f"# ollama create {path.stem} -f {path.stem}.Modelfile",
