@@ -23,14 +23,13 @@ from adapt_pruner.core.system.chat_template import ChatTemplateError, rendered
 from adapt_pruner.core.system.strict_json import to_json
 from adapt_pruner.data.generation import continued, ends_of
 from adapt_pruner.data.prompts import Prompt, is_measured, our_prompts, prompts_of
-from adapt_pruner.data.selfwritten import BATCH as PLAIN
 from adapt_pruner.data.selfwritten import selfwritten_windows
 from adapt_pruner.data.sources import SELF, SELF_CHAT, parts_of, read
 from adapt_pruner.data.store import Chunk, Kept, Store, joined, stored
 from adapt_pruner.errors import UsageError
 
-BATCH = 64
-"""Conversations that are written at a time."""
+BATCH = 32
+"""Texts that are written at a time."""
 HELD_OUT = 10
 """One in this many is held out."""
 _KEPT = 64  # likeliest tokens kept for each learnt one
@@ -38,7 +37,7 @@ _ANSWER, _DRAWN = 128, 96  # the most tokens of an answer, and of a prompt that 
 _WARMTH = 0.7  # temperature of answers; prompts are drawn at 1
 _LONG = 4096  # tokens that a model must read for prompts with a long context
 _MARK = "Qzx7mark"  # stands for what somebody says; no template writes it itself
-_FORMAT = 2
+_FORMAT = 1
 
 
 class Template:
@@ -125,9 +124,10 @@ def written_batches(
     batches: int | None = None,
     dense: Callable[[], Any] | None = None,
 ) -> list[Store]:
-    """About `texts` texts that a model writes, in batches of at most 64, each from the cache or written now and kept there.
+    """About `texts` texts that a model writes, in batches of at most 32, each from the cache or written now and kept there.
 
-    Conversations that do not end are left out, and so is a drawn prompt that comes twice or is close to one that is measured.
+    Conversations that do not end are left out, and so is a prompt that is close to one that is measured. Prompts of ours and the
+    user's come again once all have been answered, ours beside as many that the model draws.
 
     Args:
         model: the dense model; left as found.
@@ -181,11 +181,12 @@ class _TooLateError(Exception):
 def of_part(batches: Sequence[Store], part: str) -> Store:
     """The texts to train on (`train`), those that are held out (`heldout`), or all.
 
-    One prompt in ten is held out with all its answers; of fewer than ten prompts, one text in ten.
+    One prompt in ten is held out with all its answers. Of five prompts or fewer, it is one text in ten.
     """
-    prompts = [_asked(store, row) for store in batches if store.mask is not None for row in range(len(store))]
+    prompts = [_asked(store, row) for store in batches for row in range(len(store))]
     number_of = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
-    numbers = list(map(number_of.__getitem__, prompts)) if len(number_of) >= HELD_OUT else range(len(prompts))
+    by_prompt = len(number_of) > HELD_OUT // 2
+    numbers = [number_of[prompt] if by_prompt else row for row, prompt in enumerate(prompts)]
     held_out = HELD_OUT // 2
     return joined(batches, chosen=lambda row: not part or (numbers[row] % HELD_OUT == held_out) == (part == "heldout"))
 
@@ -193,9 +194,9 @@ def of_part(batches: Sequence[Store], part: str) -> Store:
 def _asked(store: Store, row: int) -> bytes:
     """What stands before the first answer of a row; of plain text, which has no prompt, the whole row."""
     span = store.tokens_of(row)
-    assert store.mask is not None
+    assert store.mask is not None  # only a store without rows has none
     begins = int(store.mask[span].argmax())
-    return store.ids[span][: begins if begins > 1 else None].tobytes()
+    return store.ids[span][: begins if begins > 1 else None].tobytes()  # the first token is never learnt
 
 
 @dataclass
@@ -236,6 +237,7 @@ class _Writer:
         if not self._openings:
             raise UsageError(f"no prompt of {spec!r} fits the model's chat template; correct the template, or name another text")
         made_of = [
+            BATCH,
             [ids for _, ids in self._openings],
             self._template.header,
             self._template.footer,
@@ -270,7 +272,7 @@ class _Writer:
 
     def _plain(self, seed: int) -> list[_Text]:
         windows = selfwritten_windows(
-            self._model, self._tokenizer, samples=PLAIN, length=self._length, seed=seed, dtype=self._dtype
+            self._model, self._tokenizer, samples=BATCH, length=self._length, seed=seed, dtype=self._dtype
         )
         return [_Text(ids, [True] * len(ids)) for ids in windows.tolist()]
 
@@ -294,9 +296,12 @@ class _Writer:
         return ended
 
     def _prompts(self, number: int) -> list[tuple[Prompt, list[int]]]:
-        """Our prompts of a batch, or the user's. They come again once all have been answered, ours beside as many that are drawn."""
-        count, size = len(self._openings), BATCH // 2 if self._draws and BATCH * number >= len(self._openings) else BATCH
-        return [self._openings[at % count] for at in range(size * number, size * (number + 1))]
+        """Those of ours or the user's that a batch answers: 32, or 16 if the model draws others once all of ours have been answered."""
+        whole = -(-len(self._openings) // BATCH)
+        first, size = BATCH * number, BATCH
+        if self._draws and number >= whole:
+            first, size = BATCH // 2 * (number + whole), BATCH // 2
+        return [self._openings[at % len(self._openings)] for at in range(first, first + size)]
 
     def _drawn(self, count: int, seed: int) -> list[_Text]:
         """Prompts that the model draws after the header of a user's turn (arXiv:2406.08464); only those that end as they should."""

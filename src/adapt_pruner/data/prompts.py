@@ -62,19 +62,19 @@ def measured_prompts() -> tuple[Measured, ...]:
 
 
 def our_prompts(*, long: bool) -> list[Prompt]:
-    """The prompts to be learnt from: first those of two turns, whose second answers are then written together, then all others mixed.
+    """The prompts to be learnt from, in an order that mixes all kinds.
 
     Args:
         long: whether those with a context of about 2,000 tokens are among them; they come last.
     """
     data = _read("prompts.yaml")
-    others = [
+    prompts = [
         *(Prompt((ask,)) for ask in data["single"]),
         *(Prompt((row["ask"],), row["system"]) for row in data["with_system"]),
+        *(Prompt((row["ask"], row["then"])) for row in data["two_turns"]),
     ]
     shuffle = random.Random(0)
-    shuffle.shuffle(others)
-    prompts = [*(Prompt((row["ask"], row["then"])) for row in data["two_turns"]), *others]
+    shuffle.shuffle(prompts)
     for question in data["about_passages"] if long else ():
         passages = list(data["passages"])
         shuffle.shuffle(passages)

@@ -24,7 +24,6 @@ from adapt_pruner.core.model.precision import uses_bfloat16
 from adapt_pruner.core.model.shelf import SCRATCH
 from adapt_pruner.core.system import world
 from adapt_pruner.core.system.files import check_disk_space, files_in
-from adapt_pruner.data.conversations import BATCH as CONVERSATIONS
 from adapt_pruner.data.selfwritten import BATCH, BATCH_FROM_SHELF
 from adapt_pruner.data.sources import SELF, domains
 from adapt_pruner.errors import UsageError, settings
@@ -251,9 +250,7 @@ def memory(work: Work, how: Setup, *, dense: Shapes | None = None) -> dict[str, 
     )  # fmt: skip
     after = dense.cut_to(round(dense.params * work.stages[0].params / work.num_params)) if work.stages else dense
     passes = [scoring(evidence=use.evidence)]
-    most = BATCH if how.offload == "none" else BATCH_FROM_SHELF
-    *own, chats = _written(work)
-    if rows := max(*(min(most, samples) for samples in own), min(CONVERSATIONS, chats)):
+    if rows := min(BATCH if how.offload == "none" else BATCH_FROM_SHELF, max(_written(work))):
         passes.append(writing_memory(dense, how, rows=rows, length=calibration.length, moments=moments))
     if use.streams:  # fits to every second row of a batch
         passes.append(scoring(evidence=Evidence.STREAM_GRADIENTS, halved=True))
