@@ -229,7 +229,7 @@ class _Writer:
                 f"text {spec!r} is conversations and the model's tokenizer has no chat template; take {SELF!r} instead"
             )
         self._template = Template(tokenizer)
-        self._theirs = spec != SELF_CHAT
+        self._draws = spec == SELF_CHAT and bool(self._template.header and self._template.footer)
         self._ends = ends_of(model, tokenizer)
         prompts = prompts_for(spec, getattr(model.config, "max_position_embeddings", None))
         openings = ((prompt, self._template.opening(prompt)) for prompt in prompts)
@@ -249,11 +249,6 @@ class _Writer:
     @functools.cached_property
     def _model(self) -> Any:
         return self._now if self._dense is None else self._dense()
-
-    @property
-    def _draws(self) -> bool:
-        """Whether the model draws prompts, too."""
-        return not self._theirs and bool(self._template.header) and bool(self._template.footer)
 
     def batch(self, number: int, *, seed: int) -> Iterator[Chunk]:
         """The texts of a batch, those that came to their end."""

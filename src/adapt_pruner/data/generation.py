@@ -20,7 +20,7 @@ def ends_of(model: Any, tokenizer: Any) -> list[int]:
     """The tokens with which a model ends its turn."""
     ends = model.generation_config.eos_token_id
     ends = tokenizer.eos_token_id if ends is None else ends
-    return ends if isinstance(ends, list) else [end for end in (ends,) if end is not None]
+    return [end for end in (ends if isinstance(ends, list) else [ends]) if end is not None]
 
 
 @torch.no_grad()

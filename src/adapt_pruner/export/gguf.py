@@ -333,7 +333,7 @@ def _write(
     try:
         _add_keys(gguf, writer, loaded, plan, quant)
         rows = loaded.model.get_input_embeddings().weight.shape[0]
-        notes = add_tokenizer(writer, loaded.tokenizer, vocab_size=rows, generation=loaded.model.generation_config)
+        notes = add_tokenizer(writer, loaded.tokenizer, vocab_size=rows, ends=ends_of(loaded.model, loaded.tokenizer))
         for name, entry in entries.items():
             writer.add_tensor_info(name, entry.shape, np.dtype(np.float32), entry.num_bytes, raw_dtype=entry.kind)
         writer.write_header_to_file()

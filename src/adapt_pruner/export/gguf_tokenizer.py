@@ -8,7 +8,7 @@ that makes it.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adapt_pruner.errors import UsageError
@@ -28,14 +28,14 @@ _PRE_OF_SPLIT = {
 """How a tokenizer.json splits text before BPE -> llama.cpp's name for it."""
 
 
-def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: Any) -> list[str]:
+def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, ends: Sequence[int]) -> list[str]:
     """Add the keys `tokenizer.*` to a GGUF file under construction.
 
     Args:
         writer: `gguf.GGUFWriter`.
         tokenizer: a transformers tokenizer.
         vocab_size: rows of the model's embedding; rows without a token get a placeholder.
-        generation: the model's generation config, which may name further tokens that end a text.
+        ends: the tokens with which the model ends its turn.
 
     Returns:
         Sentences about what llama.cpp may do differently.
@@ -81,7 +81,7 @@ def add_tokenizer(writer: Any, tokenizer: Any, *, vocab_size: int, generation: A
             [-float(rank.get(token, 0)) if kind == _NORMAL else 0.0 for token, kind in zip(tokens, types, strict=True)]
         )
     writer.add_token_types(types)
-    _add_special(writer, tokenizer, generation)
+    _add_special(writer, tokenizer, ends)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
     elif tokenizer.chat_template:
@@ -149,14 +149,12 @@ def _tokens(tokenizer: Any, data: Mapping[str, Any], vocab_size: int, *, byte_le
     return tokens, types
 
 
-def _add_special(writer: Any, tokenizer: Any, generation: Any) -> None:
+def _add_special(writer: Any, tokenizer: Any, ends: Sequence[int]) -> None:
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id", None)
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    ends = getattr(generation, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [ends]
-    if other := [index for index in ends if index is not None and index != tokenizer.eos_token_id]:
+    if other := [end for end in ends if end != tokenizer.eos_token_id]:
         writer.add_eot_token_id(other[0])
     ids = tokenizer("x", verbose=False)["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)

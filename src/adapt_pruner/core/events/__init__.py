@@ -264,11 +264,12 @@ class Start(Event):
         share = f", {self.target / self.params:.0%} of all" if self.params else ""
         if self.decoder and self.decoder_target is not None:
             share += f" and {self.decoder_target / self.decoder:.0%} of the decoder's"
-        text = f"pruning to {millions(self.target)} parameters{share}, by {self.method}"
-        if self.target == self.params and self.now in (None, self.params):
-            text = f"keeping all {millions(self.target)} parameters"
         if self.sparsity:
             text = f"making {self.sparsity} zeros in a model of {millions(self.target)} parameters by {self.method}"
+        elif self.target == self.params and self.now in (None, self.params):
+            text = f"keeping all {millions(self.target)} parameters"
+        else:
+            text = f"pruning to {millions(self.target)} parameters{share}, by {self.method}"
         if self.text:
             self_written = self.text == "self"
             text += f", calibrated on {'self-written text' if self_written else self.text}"
