@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adapt_pruner import families
 from adapt_pruner.core.model.axes import Axis, Mask, of_tower, towers_of
 from adapt_pruner.core.model.budget import count_parameters
 from adapt_pruner.core.model.cut import num_active
+from adapt_pruner.core.model.shelf import fetched
 from adapt_pruner.core.model.weight_mask import count_nonzero
 from adapt_pruner.data.windows import held_out_windows
 from adapt_pruner.errors import UsageError
@@ -28,6 +31,21 @@ def decoder_parameters(model: nn.Module) -> int:
     """
     stacks = [axis.gate.module for axis in families.axes(model) if axis.kind == "layers"]
     return sum(count_parameters(model.get_submodule(stack)) for stack in stacks)
+
+
+@torch.no_grad()
+def weight_size(model: nn.Module) -> float:
+    """How large a weight is: the root mean square of each matrix of the middle decoder layer, and of these the median.
+
+    Args:
+        model: a model of a known family.
+    """
+    stack = next(axis.gate.module for axis in families.axes(model) if axis.kind == "layers")
+    layers = list(model.get_submodule(stack).children())
+    middle = layers[len(layers) // 2]
+    with fetched(middle):
+        sizes = [float(weight.float().square().mean().sqrt()) for weight in middle.parameters() if weight.ndim > 1]
+    return median(sizes)
 
 
 def expert_parameters(axes: Iterable[Axis], sizes: Mapping[str, int] = MappingProxyType({})) -> int:

@@ -25,7 +25,7 @@ from adapt_pruner.data.fixed import MOST_REPEATS
 from adapt_pruner.data.sources import domains, parts_of, written_spec
 from adapt_pruner.data.split import specs_of, split_off_heldout
 from adapt_pruner.errors import UsageError, option
-from adapt_pruner.evaluate.anatomy import decoder_parameters
+from adapt_pruner.evaluate.anatomy import decoder_parameters, weight_size
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of
 from adapt_pruner.run.conversations import writing_planned
@@ -55,8 +55,12 @@ _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 _BATCH = 2048  # tokens of a step, if ten fit
 _BATCHES = {_BATCH: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
-_RATES = {0.35: 1e-4, 0.5: 2e-4, math.inf: 4e-4}  # share of the decoder that goes, below -> learning rate
-_LARGE, _LARGE_RATE = 2e9, 0.5  # above so many parameters the rate is this much of it
+_RATES = {
+    0.35: 5e-4,
+    0.5: 1e-3,
+    math.inf: 2e-3,
+}  # share of the decoder that goes, below -> learning rate, as a share of the size of a weight
+_ADDED = 0.2  # the size that counts of additions of low rank, which begin at zero
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
 _ENDLESS = 10**12  # tokens of a text that is never used up
@@ -316,7 +320,7 @@ def _planned(
         tokens=tokens if exactly else _prepared(tokens, batch, asked),
     ) | {
         "checkpoint_minutes": round(min(10.0, max(1.0, asked.left / 60 / 6)), 1), "keep_checkpoints": 0,
-        **({} if asked.minutes is None else {"training.expected": tokens, "minutes": asked.left / 60}),
+        "training.lr": _rate(work), **({} if asked.minutes is None else {"training.expected": tokens, "minutes": asked.left / 60}),
         **({"evaluation.prompts": []} if silent else {}),
     }  # fmt: skip
     what = f"learning from the dense model's predictions on the text, {taught}" if distilled else "on the text"
@@ -355,7 +359,6 @@ def _settings(
 ) -> dict[str, Any]:
     """Keys of a recipe that prunes in a way and trains on so many tokens; `again` is gradient checkpointing."""
     longest = getattr(work.model.config, "max_position_embeddings", None) or math.inf
-    rate = next(rate for most, rate in _RATES.items() if _share_gone(work) < most)
     return {
         "method": "adaptive-ls-v1", "model": work.recipe.model, "budget": str(_target(work)), "stages": 1, "step": way.step,
         "amplitude": way.step,  # as in the method: layers give from nothing to twice the mean
@@ -363,7 +366,7 @@ def _settings(
         "calibration.source": work.recipe.training.source, "calibration.samples": way.samples, "calibration.self_generated": 0,
         "calibration.length": min(_CALIBRATION_ROW, longest),
         "training.source": work.recipe.training.source, "training.tokens": tokens, "training.batch_tokens": batch,
-        "training.length": min(_TRAINING_ROW, longest), "training.lr": rate * (_LARGE_RATE if work.num_params > _LARGE else 1),
+        "training.length": min(_TRAINING_ROW, longest),
         "training.objective": "objectives.distil(temperature=1)" if distilled else "objectives.lm",
         "training.gradient_checkpointing": again, **(LEAN if work.recipe.training.lora is not None else {}),
         **({} if work.loaded.offload == "none" else {"offload": work.loaded.offload}),
@@ -425,6 +428,12 @@ def _target(work: Work) -> int:
 def _share_gone(work: Work) -> float:
     """The share of the decoder that goes."""
     return (work.num_params - _target(work)) / decoder_parameters(work.model)
+
+
+def _rate(work: Work) -> float:
+    """The learning rate: higher the more goes, and the larger the weights are, since Adam moves each by about the rate."""
+    share = next(rate for most, rate in _RATES.items() if _share_gone(work) < most)
+    return float(f"{share * (_ADDED if work.recipe.training.lora is not None else weight_size(work.model)):.1e}")
 
 
 def tokens_a_second(speed: Speed, work: Work, phase: Literal["read", "score", "train"]) -> float:
