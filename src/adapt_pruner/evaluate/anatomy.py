@@ -29,8 +29,7 @@ def decoder_parameters(model: nn.Module) -> int:
     Args:
         model: a model of a known family.
     """
-    stacks = [axis.gate.module for axis in families.axes(model) if axis.kind == "layers"]
-    return sum(count_parameters(model.get_submodule(stack)) for stack in stacks)
+    return sum(map(count_parameters, _stacks(model)))
 
 
 @torch.no_grad()
@@ -40,12 +39,16 @@ def weight_size(model: nn.Module) -> float:
     Args:
         model: a model of a known family.
     """
-    stack = next(axis.gate.module for axis in families.axes(model) if axis.kind == "layers")
-    layers = list(model.get_submodule(stack).children())
+    layers = list(_stacks(model)[0].children())
     middle = layers[len(layers) // 2]
     with fetched(middle):
-        sizes = [float(weight.float().square().mean().sqrt()) for weight in middle.parameters() if weight.ndim > 1]
-    return median(sizes)
+        matrices = [weight for weight in middle.parameters() if weight.ndim > 1]
+        return median(float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) for weight in matrices)
+
+
+def _stacks(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold the decoder layers: one, or one for each tower."""
+    return [model.get_submodule(axis.gate.module) for axis in families.axes(model) if axis.kind == "layers"]
 
 
 def expert_parameters(axes: Iterable[Axis], sizes: Mapping[str, int] = MappingProxyType({})) -> int:

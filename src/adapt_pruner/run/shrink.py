@@ -55,11 +55,8 @@ _WINDOWS = (40, 20, 8, 4, 2)
 _ANSWERS = 3 * 48 * 50  # three prompts of 48 tokens at most; writing a token takes about as long as reading fifty
 _BATCH = 2048  # tokens of a step, if ten fit
 _BATCHES = {_BATCH: 10, 1024: 10, 512: 3}  # tokens of a step -> steps that have to fit; the first that does is taken
-_RATES = {
-    0.35: 5e-4,
-    0.5: 1e-3,
-    math.inf: 2e-3,
-}  # share of the decoder that goes, below -> learning rate, as a share of the size of a weight
+_RATES = {0.35: 5e-4, 0.5: 1e-3, math.inf: 2e-3}
+"""Share of the decoder that goes, below -> learning rate, as a share of the size of a weight."""
 _ADDED = 0.2  # the size that counts of additions of low rank, which begin at zero
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
@@ -432,8 +429,9 @@ def _share_gone(work: Work) -> float:
 
 def _rate(work: Work) -> float:
     """The learning rate: higher the more goes, and the larger the weights are, since Adam moves each by about the rate."""
-    share = next(rate for most, rate in _RATES.items() if _share_gone(work) < most)
-    return float(f"{share * (_ADDED if work.recipe.training.lora is not None else weight_size(work.model)):.1e}")
+    size = weight_size(work.model) if work.recipe.training.lora is None else _ADDED
+    rate = size * next(rate for most, rate in _RATES.items() if _share_gone(work) < most)
+    return float(f"{rate:.1e}")
 
 
 def tokens_a_second(speed: Speed, work: Work, phase: Literal["read", "score", "train"]) -> float:
