@@ -316,3 +316,7 @@ def test_the_size_of_a_weight_is_that_of_the_middle_layer_s_matrices() -> None:
             weight *= 3
     assert 0.01 < before < 1
     assert weight_size(model) == pytest.approx(3 * before)
+    with torch.no_grad():
+        for weight in model.model.layers[len(model.model.layers) // 2].parameters():
+            weight[..., ::2] = 0
+    assert weight_size(model) == pytest.approx(3 * before, rel=0.1), "zeros, as of a 2:4 model, count"

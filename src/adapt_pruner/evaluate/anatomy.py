@@ -34,7 +34,7 @@ def decoder_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def weight_size(model: nn.Module) -> float:
-    """How large a weight is: the root mean square of each matrix of the middle decoder layer, and of these the median.
+    """How large a weight is: the root mean square of each matrix of the middle decoder layer without zeros, and of these the median.
 
     Args:
         model: a model of a known family.
@@ -43,7 +43,9 @@ def weight_size(model: nn.Module) -> float:
     middle = layers[len(layers) // 2]
     with fetched(middle):
         matrices = [weight for weight in middle.parameters() if weight.ndim > 1]
-        return median(float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) for weight in matrices)
+        return median(
+            float(torch.linalg.vector_norm(weight)) / math.sqrt(max(1, int(weight.count_nonzero()))) for weight in matrices
+        )
 
 
 def _stacks(model: nn.Module) -> list[nn.Module]:
