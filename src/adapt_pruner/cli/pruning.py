@@ -194,7 +194,6 @@ def shrink(
 def _say_what_there_is(run_dir: Path) -> None:
     """Say what an interrupted run has reached."""
     from adapt_pruner.report.screen import screen
-    from adapt_pruner.run.checkpoints import is_within_training
     from adapt_pruner.run.folder import RunFolder
 
     newest, state, _ = RunFolder(run_dir).newest(thorough=False)
@@ -205,7 +204,7 @@ def _say_what_there_is(run_dir: Path) -> None:
     whole = "not trained" if newest.name.endswith("-pruned") else "not trained, and not yet as small as you asked"
     if trained:
         whole = f"trained on {compact(trained)} tokens"
-        if is_within_training(newest.name):
+        if "-step-" in newest.name:
             whole += "; its learning rate has not come down yet"
     with screen() as listen:
         listen.say(f"the newest checkpoint is {newest}, of {millions(params)} parameters, {whole}")

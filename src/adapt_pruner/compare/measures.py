@@ -14,23 +14,7 @@ WINDOW = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """What models are measured on, and how.
-
-    Attributes:
-        text: SPEC of the text for perplexity and speed; None measures neither.
-        window: tokens in an evaluation window; None for `WINDOW`.
-        max_windows: the most windows that are read; None for all.
-        chat: number of our prompts that the models are asked, whose answers a rule checks; None asks none.
-        tasks: names of tasks, with commas; None scores none.
-        num_fewshot: examples before each item; None for what the task says.
-        limit: the most items of each task; None for all.
-        task_dir: folder of lm-eval YAML files.
-        cache_dir: folder that keeps scores; None for the usual one.
-        device: as in a recipe.
-        dtype: precision of the matrix products.
-        offload: where weights lie while no pass needs them, as in a recipe; of experts on disk only those that a router chooses are read.
-        trust_remote_code: whether Python code may run that comes with a model, a task folder, or a task that lm-eval marks as unsafe.
-    """
+    """What models are measured on, and how: the options of `api.measuring.evaluate`; None leaves out, or takes the default."""
 
     text: str | None = None
     window: int | None = None

@@ -25,26 +25,7 @@ _SAYS_NOTHING = {"about", "paper", "model", "parallel", "checkpoint_minutes", "k
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compared. All methods share every setting here.
-
-    Attributes:
-        model: as `checkpoint.load` takes it.
-        methods: names in `adapt-pruner methods`.
-        params: sizes, as `Budget.parse` takes them, for the methods that remove units.
-        sparsity: shares of zeros and patterns, as `Pattern.parse` takes them, for the methods that make zeros.
-        texts: SPECs of the texts that perplexity is measured on.
-        calibration: SPEC of the calibration text; None for what each recipe says.
-        calibration_ids: JSON files of token ids that take the place of that text; each file is a draw.
-        calibration_samples: sequences per iteration; None for what each recipe says.
-        calibration_length: tokens of each; None for what each recipe says.
-        draws: number of draws if there are no such files, 3 if None; draw n has the seed n.
-        window: tokens in an evaluation window.
-        max_windows: the most windows that are read of each text; None for all.
-        overrides: `KEY=VALUE` of a recipe, for every method.
-        device: as in a recipe.
-        dtype: precision of matrix products, for pruning and measuring.
-        trust_remote_code: whether Python code that comes with the model may run.
-    """
+    """What is to be compared: the options of `api.measuring.compare`. All methods share every setting here."""
 
     model: str
     methods: tuple[str, ...]

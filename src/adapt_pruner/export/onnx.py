@@ -35,7 +35,7 @@ from adapt_pruner.errors import RunError, UsageError, first_line, option
 from adapt_pruner.export.engines import Engine
 from adapt_pruner.export.loading import ropes_of, towers_of
 from adapt_pruner.export.towers import loading as loading_towers
-from adapt_pruner.export.towers import write_graphs
+from adapt_pruner.export.towers import write_graph, write_graphs
 
 ABOUT = "an ONNX graph in float32, without a cache"
 LIBRARY = "onnx"
@@ -91,16 +91,8 @@ def write(loaded: Loaded, path: Path, *, quant: str | None = None) -> list[str]:
     axes = {0: torch.export.Dim("batch", min=1, max=65_536), 1: torch.export.Dim("length", min=1, max=most)}
     with whole_or_nothing(path) as folder:
         with _traceable(model):
-            try:
-                program = torch.onnx.export(
-                    _Logits(model).eval(), (example, torch.ones_like(example)), dynamo=True, verbose=False,
-                    input_names=["input_ids", "attention_mask"], output_names=["logits"],
-                    dynamic_shapes={"input_ids": axes, "attention_mask": axes},
-                )  # fmt: skip
-            except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps its exporter's errors in these
-                raise RunError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
-            assert program is not None
-            program.save(folder / "model.onnx")
+            inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
+            write_graph(_Logits(model), folder / "model.onnx", inputs, "logits", {"input_ids": axes, "attention_mask": axes})
         _check(model, folder / "model.onnx")
         config = copy.deepcopy(model.config)
         config.__dict__.pop("auto_map", None)

@@ -32,6 +32,30 @@ class _Embeds(nn.Module):
         return F.normalize(getattr(output, "pooler_output", output), dim=-1)
 
 
+def write_graph(module: nn.Module, path: Path, inputs: dict[str, Tensor], output: str, dynamic: dict[str, Any]) -> None:
+    """Trace a module and write its ONNX graph.
+
+    Args:
+        module: what is traced.
+        path: the file.
+        inputs: name in the graph -> example, in the order of the module's arguments.
+        output: name of the output.
+        dynamic: argument of the module -> its axes that may have other sizes.
+
+    Raises:
+        RunError: torch cannot trace it.
+    """
+    try:
+        program = torch.onnx.export(
+            module.eval(), tuple(inputs.values()), dynamo=True, verbose=False, input_names=list(inputs), output_names=[output],
+            dynamic_shapes=dynamic,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps its exporter's errors in these
+        raise RunError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
+    assert program is not None
+    program.save(path)
+
+
 def write_graphs(loaded: Loaded, folder: Path, *, session: Callable[[Path], Any]) -> None:
     """Write the graphs of both towers into a folder, after onnxruntime has computed the same embeddings.
 
@@ -51,20 +75,7 @@ def write_graphs(loaded: Loaded, folder: Path, *, session: Callable[[Path], Any]
         axes = {0: torch.export.Dim("batch", min=1, max=65_536)}
         if name == "input_ids" and not hasattr(model, "logit_bias"):
             axes[1] = torch.export.Dim("length", min=1, max=model.config.text_config.max_position_embeddings)
-        try:
-            program = torch.onnx.export(
-                tower,
-                (given,),
-                dynamo=True,
-                verbose=False,
-                input_names=[name],
-                output_names=["embeds"],
-                dynamic_shapes={"given": axes},
-            )
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # torch wraps its exporter's errors in these
-            raise RunError(f"torch cannot export this model to ONNX: {first_line(error)}") from error
-        assert program is not None
-        program.save(folder / file)
+        write_graph(tower, folder / file, {name: given}, "embeds", {"given": axes})
         _check(tower, session(folder / file), name, given)
     config = copy.deepcopy(model.config)
     config.__dict__.pop("auto_map", None)

@@ -84,16 +84,7 @@ def prove(
     trust_remote_code: bool = False,
     listen: Listener = lambda event: None,
 ) -> dict[str, Any]:
-    """Compare an artefact, in its own engine, with its checkpoint; without one, check the zeros of the checkpoint.
-
-    Args:
-        model: the checkpoint, as `checkpoint.load` takes it.
-        artefact: what `export` wrote.
-        text: SPEC of the text to compare on.
-        window: tokens in a window.
-        max_windows: the most windows that are read.
-        trust_remote_code: run Python code that comes with a foreign folder.
-        listen: called with every event.
+    """`verify` with what a user names; without an artefact, check the zeros of the checkpoint.
 
     Returns:
         Plain data: the result of `verify`, and for a sparse model also `sparsity`, the result of `zeros_of`. Without an artefact

@@ -29,24 +29,7 @@ from adapt_pruner.core.model.axes import Axis
 from adapt_pruner.core.system.strict_json import read_json
 from adapt_pruner.errors import UsageError, nearest
 from adapt_pruner.families import admission, convention
-from adapt_pruner.families.convention import is_sliced
-
-__all__ = [
-    "all_families",
-    "axes",
-    "checked",
-    "declared",
-    "family_of",
-    "is_known",
-    "is_sliced",
-    "left_whole",
-    "model_types",
-    "sizes",
-    "stock_config",
-    "summary",
-    "task_of",
-    "why_unknown",
-]
+from adapt_pruner.families.convention import is_sliced as is_sliced
 
 
 def all_families() -> list[ModuleType]:

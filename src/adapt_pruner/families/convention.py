@@ -307,15 +307,10 @@ def whole_layers(model: Any) -> Axis:
         costs=costs,
         gate=Gate(at, kind="whole"),
         fields=(("num_hidden_layers", 1),),
-        lists=_lists(model.config, len(stack)),
+        lists=tuple(name for name in per_layer(vars(model.config), len(stack)) if not name.startswith("_")),
         firsts=tuple(name for name in _FIRSTS if isinstance(getattr(model.config, name, None), int)),
         stays=tuple(attending[-1:]) if len(attending) < len(stack) else (),
     )
-
-
-def _lists(config: Any, depth: int) -> tuple[str, ...]:
-    """The fields of a config with one entry per layer."""
-    return tuple(name for name in per_layer(vars(config), depth) if not name.startswith("_"))
 
 
 def per_layer(fields: Mapping[str, Any], depth: int | None) -> list[str]:

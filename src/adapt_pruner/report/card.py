@@ -7,7 +7,6 @@ in templates/card.md; what goes into them is worked out here.
 
 import functools
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from adapt_pruner.core.events.run import chatted
 from adapt_pruner.core.events.words import by_model, counted, millions, score, shots, typed
 from adapt_pruner.core.system import filenames
 from adapt_pruner.core.system.files import why, write_whole
-from adapt_pruner.core.system.strict_json import read_json
+from adapt_pruner.core.system.strict_json import is_number, read_json
 from adapt_pruner.core.system.terminal import visible
 from adapt_pruner.data.sources import domains
 from adapt_pruner.errors import RunError, UsageError, first_line
@@ -195,7 +194,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters |= {
-        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": lambda value, digits: f"{value:,.{digits}f}" if _is_number(value) else "no number", "commas": "{:,}".format,
+        "plain": _plain, "code": _code, "block": _block, "words": _words, "figure": lambda value, digits: f"{value:,.{digits}f}" if is_number(value) else "no number", "commas": "{:,}".format,
         "percent": "{:.1%}".format,
     }  # fmt: skip
     return environment.get_template("card.md")
@@ -233,7 +232,7 @@ def _front_matter(pruning: Mapping[str, Any], base: Mapping[str, Any], title: st
     anew = recipe.get("init") == "random"
     perplexities, text = figures.get("perplexities") or [], recipe["evaluation"]["source"]
     results = None
-    if perplexities and _is_number(perplexities[-1]) and text is not None and measured and not towers:
+    if perplexities and is_number(perplexities[-1]) and text is not None and measured and not towers:
         of_hub = _hub_ids(text)
         result = EvalResult(
             task_type="text-generation",
@@ -451,7 +450,3 @@ def _entries(method: str) -> list[str]:
     by_number = {match[1]: entry for entry in text.split("\n\n") if (match := re.search(r"eprint = \{([\d.]+)\}", entry))}
     numbers = [_OWN_PAPER, *_ARXIV.findall(_row(method).get("paper", ""))]
     return [by_number[number] for number in dict.fromkeys(numbers) if number in by_number]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -137,19 +137,6 @@ def record_of_result(path: Path, events: Iterable[Event]) -> Record:
     )  # fmt: skip
 
 
-def parse_lines(lines: list[str]) -> tuple[list[Event], list[int]]:
-    """The events in lines of a log, and the numbers, from 1, of lines that hold no event (see `core.events`)."""
-    events, bad = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if (event := parse_line(line)) is not None:
-            events.append(event)
-        else:
-            bad.append(number)
-    return events, bad
-
-
 def check_is_run(path: Path) -> None:
     """Refuse a path that is not the folder of a run, and say what was probably meant. A run in preparation has only its lock.
 
@@ -228,7 +215,8 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
     except OSError as error:
         trouble.append(f"log.jsonl cannot be read ({error.strerror})")
         return []
-    events, bad = parse_lines(lines)
+    read = {number: parse_line(line) for number, line in enumerate(lines, start=1) if line.strip()}
+    bad = [number for number, event in read.items() if event is None]
     if bad and bad[-1] == len(lines):
         bad.pop()
         trouble.append("the last line of log.jsonl is broken off: the run was killed while writing it, or is writing it now")
@@ -236,7 +224,7 @@ def _events(path: Path, trouble: list[str]) -> list[Event]:
         trouble.append(
             f"lines of log.jsonl that are not events were left out ({len(bad)}): {', '.join(map(str, bad[:5]))}{' …' if bad[5:] else ''}"
         )
-    return events
+    return [event for event in read.values() if event is not None]
 
 
 def _json(path: Path, trouble: list[str]) -> dict[str, Any]:

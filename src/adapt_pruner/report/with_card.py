@@ -18,18 +18,7 @@ from adapt_pruner.run.results import Outcome
 
 
 def prune(recipe: Recipe, out: str | Path, *, listen: Listener = lambda event: None, trust_remote_code: bool = False) -> Outcome:
-    """Run the recipe and write the resulting checkpoint, with its model card, to the folder `out`; nothing else is saved.
-
-    Args:
-        recipe: the run.
-        out: a folder that does not exist or is empty.
-        listen: called with every event.
-        trust_remote_code: whether code that comes with the model may run.
-
-    Raises:
-        UsageError: the budget or a text does not fit the model, or `out` is not empty.
-        RunError: a loss is not finite, or the result cannot be written.
-    """
+    """`loop.prune`, which writes the model card, too."""
     write_more = partial(try_card, path=Path(out), listen=listen)
     return loop.prune(recipe, out, listen=listen, trust_remote_code=trust_remote_code, write_more=write_more)
 
@@ -42,24 +31,7 @@ def run(
     trust_remote_code: bool = False,
     force_recipe: bool = False,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`), and write the card of its result and its page, report.html.
-
-    An unfinished run in that folder continues where it stopped. The trackers of `report_to` get the figures, too.
-
-    Args:
-        recipe: the run.
-        run_dir: a new or empty folder, or that of a run.
-        listen: called with every event.
-        trust_remote_code: whether code that comes with the model may run.
-        force_recipe: continue with this recipe although the run began with another.
-
-    Returns:
-        The result; None if the run there was already finished.
-
-    Raises:
-        UsageError: the recipe does not fit the model or the folder; nothing has been changed.
-        RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
-    """
+    """`loop.run`, which writes the card of its result and its page, report.html, too; the trackers of `report_to` get the figures."""
     folder = Path(run_dir)
 
     def tell(event: Event) -> None:
@@ -86,23 +58,10 @@ def export(
     listen: Listener = lambda event: None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write a checkpoint in the form of another tool, with its model card if the form is a folder.
-
-    Args:
-        model: as `checkpoint.load` takes it.
-        out: a new folder; for `gguf` a new file.
-        to: a name of `export.forms()`.
-        quant: for `gguf`, the type of the stored matrices; None keeps the checkpoint's.
-        pad: for `gguf`, 32 or 256: MLPs are zero-padded to multiples of it.
-        listen: called with every event.
-        trust_remote_code: whether code that comes with the model may run.
+    """Load a checkpoint and write it in the form of another tool (see `export.export`), with its model card if the form is a folder.
 
     Returns:
         Sentences about the result that a user should read; the listener gets them too.
-
-    Raises:
-        UsageError: there is no such model or form, the form cannot hold the model, or `out` is taken.
-        RunError: the model's files are damaged, or the result could not be written.
     """
     out = Path(out)
     check_form(to, quant=quant, pad=pad)

@@ -29,11 +29,6 @@ def of_stage(name: str) -> str:
     return re.sub(r"(stage-\d+).*", r"\1", name)
 
 
-def is_within_training(name: str) -> bool:
-    """Whether training goes on after the checkpoint of this name, in the same stage."""
-    return "-step-" in name
-
-
 def kept(recipe: Recipe) -> int:
     """The number of checkpoints that stay on disk while a run works."""
     return recipe.keep_checkpoints or 2

@@ -69,9 +69,22 @@ def run(
     force_recipe: bool = False,
     write_more: Callable[[Path], None] = lambda folder: None,
 ) -> Outcome | None:
-    """Run the recipe in a run folder (see `run.folder`); for arguments, result and errors see `report.with_card.run`.
+    """Run the recipe in a run folder (see `run.folder`); an unfinished run in that folder continues where it stopped.
 
-    `write_more` writes more files into the result before the result gets its final name.
+    Args:
+        recipe: the run.
+        run_dir: a new or empty folder, or that of a run.
+        listen: called with every event.
+        trust_remote_code: whether code that comes with the model may run.
+        force_recipe: continue with this recipe although the run began with another.
+        write_more: writes more files into the result before the result gets its final name.
+
+    Returns:
+        The result; None if the run there was already finished.
+
+    Raises:
+        UsageError: the recipe does not fit the model or the folder; nothing has been changed.
+        RunError: a loss is not finite or explodes, or something cannot be written; the message names the last checkpoint.
     """
     started = time.perf_counter()
     with kept_threads(), open_run_folder(Path(run_dir)) as folder:

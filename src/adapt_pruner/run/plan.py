@@ -286,16 +286,6 @@ def largest(work: Work, how: Setup, *, free: int) -> int:
     return round(params, 1 - int(math.log10(params))) if params else 0
 
 
-def check_memory(work: Work, how: Setup, *, free: int | None) -> None:
-    """Refuse a run that takes more memory than is free.
-
-    Raises:
-        UsageError: it does; the message names a way that fits.
-    """
-    if trouble := too_large(work, how, free=free):
-        raise UsageError(trouble)
-
-
 def too_large(work: Work, how: Setup, *, free: int | None) -> str:
     """A sentence if a run takes more memory than is free, with a way that fits; else an empty one."""
     needed, trains = most_bytes(work, how), bool(work.recipe.training.tokens)

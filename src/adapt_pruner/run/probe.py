@@ -25,7 +25,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.evaluate.perplexity import perplexity
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.run.estimate import Speed, operations, shapes
-from adapt_pruner.run.plan import check_memory, most_bytes, setup_of
+from adapt_pruner.run.plan import most_bytes, setup_of, too_large
 from adapt_pruner.run.start import begin, placed, plan
 from adapt_pruner.score.calibrate import score
 from adapt_pruner.score.weights import taylor
@@ -68,7 +68,8 @@ def probed(recipe: Recipe, *, listen: Listener, trust_remote_code: bool = False)
     work.stages, work.budget = plan(work)
     model, device, free = work.model, work.model.device, free_bytes(work.model.device)
     how = replace(setup_of(work), checkpointing=True)
-    check_memory(work, how, free=free)
+    if trouble := too_large(work, how, free=free):
+        raise UsageError(trouble)
     listen(Probe())
     dense = replace(work, stages=[replace(work.stages[0], params=work.num_params)])  # which the probe trains
     whole = work.loaded.offload == "none" and how.stored == 4 and not how.lora  # as the probe trains

@@ -49,7 +49,6 @@ from adapt_pruner.run.conversations import dense_again, held_out_chats, specs_to
 from adapt_pruner.run.estimate import PAPER, Setup, shapes
 from adapt_pruner.run.folder import writing
 from adapt_pruner.run.plan import (
-    check_memory,
     check_scratch,
     needs_whole_model,
     offload_of,
@@ -332,8 +331,8 @@ def prepare(work: Work, *, begun: bool = False, folder: Path | None = None, writ
     recipe = work.recipe
     work.stages, work.budget = plan(work)
     _check_machine(work)
-    if write and not begun:
-        check_memory(work, setup_of(work), free=free_bytes(work.model.device))
+    if write and not begun and (trouble := too_large(work, setup_of(work), free=free_bytes(work.model.device))):
+        raise UsageError(trouble)
     by_model = work.reads_text and (writes_text(recipe) or recipe.calibration.self_generated)
     if not work.task.writes_text and (by_model or specs_to_write(recipe)):
         raise UsageError(

@@ -210,7 +210,7 @@ class Trainer:
                 yield step
                 step.take()
                 name = called(work.state.stage, cut=None if work.state.pruned else work.iteration - 1, step=step.step)
-                if self._save is not None and world.any_of(interrupts.pending):
+                if self._save is not None and world.most_of(interrupts.pending):
                     self.save(name)
                     interrupts.deliver()
                 self.save_if_due(name)

@@ -8,6 +8,7 @@ that it is asked for.
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,33 +189,24 @@ def _mean_over_tokens(
             totals[name][index] += per_token.sum(dtype=torch.float64).cpu()
             counts[name][index] += per_token.numel()
 
-    def of_layer(name: str, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            add(name, index, args[0] if args else kwargs["hidden_states"], first(output))
+    def of_layer(name: str, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        add(name, index, args[0] if args else kwargs["hidden_states"], first(output))
 
-        return hook
+    def before_block(name: str, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        entering[name] = args[0].detach()
 
-    def before_block(name: str) -> Callable[..., None]:
-        def hook(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-            entering[name] = args[0].detach()
-
-        return hook
-
-    def after_block(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            entered = entering.pop(name)
-            add(name, 0, entered, entered + first(output).detach())
-
-        return hook
+    def after_block(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        entered = entering.pop(name)
+        add(name, 0, entered, entered + first(output).detach())
 
     def hooks(axis: Axis) -> Iterator[RemovableHandle]:
         if axis.modules:
-            yield model.get_submodule(axis.modules[0]).register_forward_pre_hook(before_block(axis.name))
-            yield model.get_submodule(axis.modules[-1]).register_forward_hook(after_block(axis.name))
+            yield model.get_submodule(axis.modules[0]).register_forward_pre_hook(partial(before_block, axis.name))
+            yield model.get_submodule(axis.modules[-1]).register_forward_hook(partial(after_block, axis.name))
         else:
             layers: Any = model.get_submodule(axis.gate.module)
             for index, layer in enumerate(layers):
-                yield layer.register_forward_hook(of_layer(axis.name, index), with_kwargs=True)
+                yield layer.register_forward_hook(partial(of_layer, axis.name, index), with_kwargs=True)
 
     with attached(hook for axis in whole for hook in hooks(axis)):
         yield Evidence.FORWARD

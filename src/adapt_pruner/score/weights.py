@@ -95,19 +95,16 @@ def taylor(
 def _squaring(model: nn.Module, axes: Sequence[Axis], squares: dict[str, Tensor], seen: dict[str, Tensor]) -> Iterator[None]:
     """While the context lasts, sum g_n² over n for every matrix on an axis into `squares`, in float32, and count N in `seen`."""
 
-    def watch(name: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            squares[name].addcmul_(gradient.float(), gradient.float())
-            seen[name] += 1
-
-        return hook
+    def hook(name: str, gradient: Tensor) -> None:
+        squares[name].addcmul_(gradient.float(), gradient.float())
+        seen[name] += 1
 
     parameters = {name: model.get_parameter(name) for axis in axes for name in (piece.parameter for piece in axis.slices)}
     matrices = {name: parameter for name, parameter in parameters.items() if parameter.dim() > 1}
     for name, parameter in matrices.items():
         squares[name] = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
         seen[name] = torch.zeros(())
-    with attached(parameter.register_hook(watch(name)) for name, parameter in matrices.items()):
+    with attached(parameter.register_hook(partial(hook, name)) for name, parameter in matrices.items()):
         yield
 
 

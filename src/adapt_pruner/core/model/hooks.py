@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -41,11 +42,8 @@ def watching_inputs(modules: Mapping[str, nn.Module], look: Callable[[str, Tenso
         look: takes the name and the first argument of the call, as it was given.
     """
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            look(name, args[0])
+    def hook(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        look(name, args[0])
 
-        return hook
-
-    with attached(module.register_forward_pre_hook(watch(name)) for name, module in modules.items()):
+    with attached(module.register_forward_pre_hook(partial(hook, name)) for name, module in modules.items()):
         yield

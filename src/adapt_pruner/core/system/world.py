@@ -143,11 +143,6 @@ def sum_in_place(*tensors: Tensor) -> None:
             handle.wait()
 
 
-def any_of(flag: bool) -> bool:
-    """Whether `flag` is set on any process. Every process must call this."""
-    return bool(most_of(flag))
-
-
 def most_of(number: int) -> int:
     """The largest `number` of all processes. Every process must call this."""
     most = torch.tensor(int(number))

@@ -7,6 +7,7 @@ the loss itself without overfitting. The factors are multiplied into existing we
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,14 +187,11 @@ def _slopes(blocks: Sequence[Axis]) -> Callable[[nn.Module, Sequence[Axis]], Gen
 def _multiplied(model: nn.Module, blocks: Sequence[Axis], factors: Tensor) -> Iterator[None]:
     """While the context lasts, multiply each block's output by its current entry of `factors`."""
 
-    def multiply_by(number: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return with_first(output, first(output) * float(factors[number]))
-
-        return hook
+    def hook(number: int, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return with_first(output, first(output) * float(factors[number]))
 
     ends = [model.get_submodule(axis.modules[-1]) for axis in blocks]
-    with attached(end.register_forward_hook(multiply_by(number)) for number, end in enumerate(ends)):
+    with attached(end.register_forward_hook(partial(hook, number)) for number, end in enumerate(ends)):
         yield
 
 
