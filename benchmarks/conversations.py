@@ -1,11 +1,14 @@
 """How large a share of what `shrink` trains on should be conversations: SmolLM2-135M-Instruct, the same minutes for every share.
 
     python benchmarks/conversations.py [--minutes 15] [--params 105M] [--seeds 0 1 2] [--shares 0 1/3 1/2 2/3] [-o runs/conversations]
+    python benchmarks/conversations.py --shares 1/2 --label distilled --set 'training.objective=objectives.distil(temperature=1)'
 
-The rest of what a run reads is C4. Each run has a cache of its own, so that it writes its conversations in its own minutes. Then the
-model is asked the 100 prompts that `eval --chat` has, and reads three held-out texts, 16 windows each. Call it from the project's
-folder, with ../shared/data beside it; tokens count by the clock, so compare only runs that had the machine alike. A job that is done is
-skipped, and each writes OUT/SHARE-PARAMS-MINUTES-SEED.json; the table of all that is there goes to stdout at the end.
+The second form tries another setting of `shrink` at a share. The rest of what a run reads is C4. Each run has a cache of its own, so
+that it writes its conversations in its own minutes. Then the model is asked the 100 prompts that `eval --chat` has, and reads three
+held-out texts, 16 windows each; the run itself says how far it is from the dense model on conversations that it held out (KL, in nats a
+token). Call it from the project's folder, with ../shared/data beside it; tokens count by the clock, so compare only runs that had the
+machine alike. A job that is done is skipped, and each writes OUT/SHARE-PARAMS-MINUTES-SEED.json; the table of all that is there goes to
+stdout at the end.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from shrink import MEASURED, MODEL, TEXT
 _PROMPTS, _WINDOWS = 100, 16
 
 
-def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, label: str) -> None:
+def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, label: str, tried: list[str]) -> None:
     """Write the figures of a run, unless they are there."""
     folder = out / f"{share.numerator}of{share.denominator}{label}-{params}-{minutes:g}-{seed}"
     told = folder.with_name(f"{folder.name}.json")
@@ -37,7 +40,8 @@ def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, 
     mixture = json.dumps({spec: weight for spec, weight in weights.items() if weight})
     settings = dict.fromkeys(("training.source", "calibration.source"), mixture) if share else {"training.written": 0}
     asked = ["--text", TEXT, "--params", params, "--minutes", f"{minutes:g}", "--seed", seed]
-    words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    tried = [*(f"{key}={value}" for key, value in settings.items()), *tried]
+    words = [word for setting in tried for word in ("--set", setting)]
     run = json.loads(command("shrink", MODEL, "-o", folder, *asked, *words, "--json"))
     del os.environ["ADAPT_PRUNER_CACHE"]  # the dense model answers once for all runs
     model = folder / "model"
@@ -46,6 +50,7 @@ def _job(share: Fraction, *, minutes: float, params: str, seed: int, out: Path, 
     figures = {
         "share": f"{share}{label}", "size": params, "asked": minutes, "seed": seed, "params": run["params_after"],
         "trained": run["trained_tokens"], "written": _texts(made), "bits_per_byte": bits,
+        "kl": made["figures"]["chat"][-1]["kl"],
         "chat": json.loads(command("eval", model, "--chat", _PROMPTS, "--dtype", "auto", "--json"))["chat"],
     }  # fmt: skip
     told.write_text(json.dumps(figures, indent=1), encoding="utf-8")
@@ -60,8 +65,8 @@ def _texts(made: dict[str, Any]) -> int:
 
 def _table(lines: list[dict[str, Any]]) -> Iterator[str]:
     """The means over seeds, and the right answers of each seed, as Markdown."""
-    yield f"| minutes | share | tokens trained | conversations | right of {_PROMPTS} | mean | end | loop | {' | '.join(MEASURED)} |"
-    yield "|---:|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * len(MEASURED)
+    yield f"| minutes | share | tokens trained | conversations | right of {_PROMPTS} | mean | end | loop | KL | {' | '.join(MEASURED)} |"
+    yield "|---:|---:|---:|---:|---:|---:|---:|---:|---:|" + "---:|" * len(MEASURED)
     for minutes, share in dict.fromkeys((line["asked"], line["share"]) for line in lines):
         its = sorted(
             (line for line in lines if (line["asked"], line["share"]) == (minutes, share)), key=lambda line: line["seed"]
@@ -69,6 +74,8 @@ def _table(lines: list[dict[str, Any]]) -> Iterator[str]:
         right = ", ".join(str(len(line["chat"]["right"])) for line in its)
         counts = [f"{fmean(len(line['chat']['right']) for line in its):.1f}"]
         counts += [f"{fmean(line['chat'][key] for line in its):.1f}" for key in ("ended", "looping")]
+        far = [line["kl"] for line in its if line.get("kl") is not None]
+        counts.append(f"{fmean(far):.3f}" if far else "–")
         texts = [f"{fmean(line['bits_per_byte'][name] for line in its):.3f}" for name in MEASURED]
         tokens, written = (fmean(line[key] for line in its) for key in ("trained", "written"))
         yield f"| {minutes:g} | {share} | {tokens:,.0f} | {written:.0f} | {right} | {' | '.join([*counts, *texts])} |"
@@ -82,12 +89,15 @@ def main() -> None:
     parser.add_argument(
         "--shares", type=Fraction, nargs="+", default=[Fraction(1, 2), Fraction(0), Fraction(2, 3), Fraction(1, 3)]
     )
-    parser.add_argument("--label", default="", help="of a change of the code under trial, beside its share in the table")
+    parser.add_argument("--label", default="", help="of a change under trial, beside its share in the table")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of `shrink` under trial")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/conversations"))
     asked = parser.parse_args()
     for seed in asked.seeds:
         for share in asked.shares:
-            _job(share, minutes=asked.minutes, params=asked.params, seed=seed, out=asked.output, label=asked.label)
+            _job(
+                share, minutes=asked.minutes, params=asked.params, seed=seed, out=asked.output, label=asked.label, tried=asked.set
+            )
     lines = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(asked.output.glob("*.json"))]
     print("\n".join(_table(lines)))
 
