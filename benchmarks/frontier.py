@@ -260,8 +260,7 @@ def verdict(points: Sequence[Figures]) -> str:
     ahead = front(points)
     pruned = [point for point in ahead if is_pruned(point)]
     plain = [point for point in ahead if not is_pruned(point)]
-    names = "; ".join(f"{title(point)} ({point['bytes'] / 1e6:.0f} MB)" for point in ahead)
-    listed = f"Files that no smaller one equals in bits per byte, the smallest first: {names}."
+    listed = "Bold: no smaller file has as few bits per byte."
     if not any(map(is_pruned, points)):
         return f"No pruned file has been measured yet. {listed}"
     if not pruned:
@@ -294,8 +293,14 @@ def table(points: Sequence[Figures]) -> Iterator[str]:
     columns += [f"{phase}, {counted(int(number), 'thread')}" for number in threads for phase in ("reading", "writing")]
     yield f"| {' | '.join(columns)} |"
     yield "|---|" + "---:|" * (len(columns) - 1)
+    ahead = front(points)
     for point in points:
-        cells = [title(point), f"{point['bytes'] / 1e6:.1f}", f"{point['bits']:.2f}", f"{point['mean']:.3f}"]
+        cells = [
+            f"**{title(point)}**" if point in ahead else title(point),
+            f"{point['bytes'] / 1e6:.1f}",
+            f"{point['bits']:.2f}",
+            f"{point['mean']:.3f}",
+        ]
         cells += [f"{point['texts'][text]:.3f}" for text in MEASURED]
         answers = point.get("chat")
         cells += [str(len(answers["right"])), str(answers["ended"]), str(answers["looping"])] if answers else ["–"] * 3 * chats
