@@ -445,9 +445,10 @@ def _model(folder: str, config: Any, options: dict[str, Any], dtype: torch.dtype
     kind, of_class = model_class(config, options)
     try:
         with blaming(folder, config, options, name):
+            # use_kernels: those of the hub are code from there, and would replace the modules that are looked into
             model, info = kind.from_pretrained(
                 folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **of_class,
+                ignore_mismatched_sizes=True, use_kernels=False, **of_class,
             )  # fmt: skip
     except (UsageError, KeyboardInterrupt):
         raise
