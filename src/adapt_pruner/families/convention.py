@@ -136,16 +136,25 @@ def heads(model: Any, index: int, layer: nn.Module) -> list[Axis]:
         return [_heads(model, index, at, read // head_dim, rows, pins)]
     queries, keys = attention.q_proj.weight.shape[0], attention.k_proj.weight.shape[0]
     num_kv_heads, group = keys // head_dim, getattr(attention, "num_key_value_groups", queries // keys)
-    of_group = {name: tensor.shape[0] // num_kv_heads for name, tensor in _of_query_heads(attention).items()}
-    of_kv_head = {name: tensor.shape[0] // num_kv_heads for name, tensor in _linear(attention, "k_proj", "v_proj").items()}
-    rows = [Slice(f"{at}.{name}", 0, width) for name, width in (of_group | of_kv_head).items()]
-    of_kv_heads = _heads(model, index, at, num_kv_heads, rows, pins)
+    of_group = [Slice(f"{at}.{name}", 0, tensor.shape[0] // num_kv_heads) for name, tensor in _of_query_heads(attention).items()]
+    of_kv_head = [
+        Slice(f"{at}.{name}", 0, tensor.shape[0] // num_kv_heads)
+        for name, tensor in _linear(attention, "k_proj", "v_proj").items()
+    ]
+    return grouped_heads(model, index, at, num_kv_heads, group, of_group, of_kv_head, pins)
+
+
+def grouped_heads(
+    model: Any, index: int, at: str, num_kv_heads: int, group: int, of_group: list[Slice], of_kv_head: list[Slice],
+    pins: tuple[tuple[str, Any], ...],
+) -> list[Axis]:  # fmt: skip
+    """The axes of KV heads and of query heads of the attention `at`: `of_group` are the rows of the `group` queries of a KV head,
+    `of_kv_head` those of its key and its value."""
+    attention = model.get_submodule(at)
+    of_kv_heads = _heads(model, index, at, num_kv_heads, [*of_group, *of_kv_head], pins)
     if not _states(model.config, "num_key_value_heads"):
         return [of_kv_heads]
-    of_query_heads = (
-        *(Slice(f"{at}.{name}", 0, width // group) for name, width in of_group.items()),
-        _columns(attention, at, output, read // (num_kv_heads * group)),
-    )
+    of_query_heads = tuple(replace(piece, width=piece.width // group) for piece in (*of_group, of_kv_heads.slices[-1]))
     return [
         replace(
             of_kv_heads,
@@ -157,7 +166,7 @@ def heads(model: Any, index: int, layer: nn.Module) -> list[Axis]:
             f"layers.{index}.query_heads",
             group,
             num_kv_heads * unit_cost(model, of_query_heads),
-            Gate(f"{at}.{output}", of_query_heads[-1].width),
+            replace(of_kv_heads.gate, width=of_query_heads[-1].width),
             of_query_heads,
             fields=(("num_attention_heads", 1),),
             attributes=_those_of(attention, at, "num_key_value_groups"),

@@ -11,13 +11,13 @@ no `residual`.
 Source: arXiv:2404.14219; the stock code of transformers.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import Phi3Config
 
-from adapt_pruner.core.model.axes import Axis, Gate, Slice
-from adapt_pruner.core.model.budget import unit_cost
-from adapt_pruner.families.convention import is_there, neurons, residual, vocabulary, whole_blocks, whole_layers
+from adapt_pruner.core.model.axes import Axis, Slice
+from adapt_pruner.families.convention import grouped_heads, is_there, neurons, residual, vocabulary, whole_blocks, whole_layers
 
 MODEL_TYPES = ("phi3",)
 
@@ -37,42 +37,15 @@ def axes(model: Any) -> tuple[Axis, ...]:
 
 def _heads(model: Any, layer: int, attention: Any) -> list[Axis]:
     at, head_dim = f"model.layers.{layer}.self_attn", attention.head_dim
-    fused, output = f"{at}.qkv_proj.weight", f"{at}.o_proj.weight"
+    fused = f"{at}.qkv_proj.weight"
     queries = attention.o_proj.weight.shape[1]  # rows of all query heads
     keys = (attention.qkv_proj.weight.shape[0] - queries) // 2
     num_kv_heads, group = keys // head_dim, queries // keys
-    of_kv_heads = (
-        Slice(fused, 0, group * head_dim),
-        Slice(fused, 0, head_dim, start=queries),
-        Slice(fused, 0, head_dim, start=queries + keys),
-        Slice(output, 1, group * head_dim),
-    )
-    of_query_heads = (Slice(fused, 0, head_dim), Slice(output, 1, head_dim))
-    kv_heads = Axis(
-        f"layers.{layer}.kv_heads",
-        num_kv_heads,
-        unit_cost(model, of_kv_heads),
-        Gate(f"{at}.o_proj", group * head_dim),
-        of_kv_heads,
-        fields=(("num_key_value_heads", 1),),
-        attributes=(f"{at}.num_key_value_heads",),
-        pins=(("head_dim", head_dim),),
-        enclosing=(f"layers.{layer}.attentions",),
-    )
-    query_heads = Axis(
-        f"layers.{layer}.query_heads",
-        group,
-        num_kv_heads * unit_cost(model, of_query_heads),
-        Gate(f"{at}.o_proj", head_dim),
-        of_query_heads,
-        fields=(("num_attention_heads", 1),),
-        attributes=(f"{at}.num_key_value_groups",),
-        readers=(at,),
-        pins=(("head_dim", head_dim),),
-        groups=num_kv_heads,
-        enclosing=(kv_heads.name, f"layers.{layer}.attentions"),
-    )
-    return [kv_heads, query_heads]
+    of_group = [Slice(fused, 0, group * head_dim)]
+    of_kv_head = [Slice(fused, 0, head_dim, start=start) for start in (queries, queries + keys)]
+    pins = (("head_dim", head_dim),)
+    kv_heads, query_heads = grouped_heads(model, layer, at, num_kv_heads, group, of_group, of_kv_head, pins)
+    return [kv_heads, replace(query_heads, readers=(at,))]
 
 
 def tiny() -> dict[str, Any]:
