@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -116,10 +116,9 @@ def test_a_start_says_the_share_of_the_decoder_the_text_and_what_to_expect() -> 
     assert "nonsense" not in less.model_copy(update={"training_tokens": 10**6}).line()
 
 
-class Moon(Event):
+class Moon(Event, kind="moon"):
     """A kind that nothing but its class knows."""
 
-    event: Literal["moon"] = "moon"
     phase: float
 
     def line(self, begun: str = "dense") -> str:
@@ -129,10 +128,9 @@ class Moon(Event):
         return {"phase": self.phase}
 
 
-class Cloud(Event):
+class Cloud(Event, kind="cloud"):
     """One that no log keeps."""
 
-    event: Literal["cloud"] = "cloud"
     logged = False
 
 

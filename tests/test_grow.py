@@ -131,7 +131,7 @@ def test_stacked_layers_are_copies_and_say_that_they_compute_something_else(tmp_
     told: list[Any] = []
     prune(read({"model": str(saved(tmp_path / "m", tiny_model(vocab_size=VOCAB), byte_tokenizer())), "grow": {"layers": 5}}),
           tmp_path / "out", listen=told.append)  # fmt: skip
-    line = next(event.line() for event in told if event.event == "grew")
+    line = next(event.line() for event in told if event.kind == "grew")
     assert line.endswith("(layers 5); copied layers compute something else until they are trained")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_hidden_layers == 5
 

@@ -39,7 +39,7 @@ def surface() -> Iterator[str]:
         importlib.import_module(f"adapt_pruner.core.events.{module}")
     events = {kind: event for kind, event in Event._kinds.items() if event.__module__.startswith("adapt_pruner")}
     for kind, event in sorted(events.items()):
-        yield f"event {kind}: {', '.join(field for field in event.model_fields if field != 'event')}"
+        yield f"event {kind}: {', '.join(event.model_fields)}"
 
 
 def _written(parameter: inspect.Parameter) -> str:

@@ -126,7 +126,7 @@ def test_tensorboard_is_told_what_the_log_says(recipe: Recipe, tmp_path: Path) -
     for event in filter(None, map(parse, log)):
         step = getattr(event, "step", step)
         for name, figure in event.figures().items():
-            said.setdefault(f"{event.event}/{name}", {})[step] = figure
+            said.setdefault(f"{event.kind}/{name}", {})[step] = figure
     assert told.keys() == said.keys()
     assert all(told[name] == pytest.approx(said[name], rel=1e-6) for name in said)
     assert {name.partition("/")[0] for name in told} == {"step", "evaluation", "cut"}

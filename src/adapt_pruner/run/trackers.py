@@ -66,7 +66,7 @@ def reporting(recipe: Recipe, run_dir: Path, listen: Listener) -> Iterator[Liste
             for name in recipe.report_to:
                 start(name)
         step = event.step if isinstance(event, Step | Resumed) and event.step is not None else step
-        figures = {f"{event.event}/{name}": value for name, value in event.figures().items()}
+        figures = {f"{event.kind}/{name}": value for name, value in event.figures().items()}
         for tracked in list(running) if figures else ():
             attempt(tracked, lambda tracker: tracker.log(figures, step=step))
 

@@ -7,7 +7,7 @@ it, and nothing else: everything that shows or keeps events asks the class.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict
@@ -109,21 +109,21 @@ class Event(BaseModel):
     """What all events have in common.
 
     Attributes:
-        event: its kind.
+        kind: what a dict of it calls `event`; empty if it is unknown.
         time: Unix seconds, in a log.
         logged: whether log.jsonl keeps events of this kind.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
-    event: str
     time: Seconds | None = None
+    kind: ClassVar[str] = ""
     logged: ClassVar[bool] = True
     _kinds: ClassVar[dict[str, type["Event"]]] = {}
 
-    @classmethod
-    def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        if isinstance(kind := cls.model_fields["event"].default, str):
+    def __init_subclass__(cls, kind: str = "", **_: Any) -> None:
+        cls.kind = kind
+        if kind:
             Event._kinds[kind] = cls
 
     @property
@@ -134,7 +134,7 @@ class Event(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """What a listener is told: `event` first, then the fields that were set."""
         fields = {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
-        return {"event": self.event} | fields | (self.model_extra or {})
+        return {"event": self.kind} | fields | (self.model_extra or {})
 
     def line(self, begun: str = "dense") -> str:
         """The line for people, empty if there is nothing to say; `begun` names the model at the start (`Start.begun`)."""
@@ -154,10 +154,9 @@ class Other(Event):
     model_config = ConfigDict(extra="allow")
 
 
-class Load(Event):
+class Load(Event, kind="load"):
     """A model is loaded."""
 
-    event: Literal["load"] = "load"
     logged = False
     model: str
 
@@ -165,10 +164,9 @@ class Load(Event):
         return f"loading {self.model}"
 
 
-class Loaded(Event):
+class Loaded(Event, kind="loaded"):
     """A model was loaded."""
 
-    event: Literal["loaded"] = "loaded"
     logged = False
     model: str
     params: Count
@@ -181,10 +179,9 @@ class Loaded(Event):
         return f"loaded {self.model}: {millions(self.params)} parameters{origin}{checked}"
 
 
-class Find(Event):
+class Find(Event, kind="find"):
     """The data of tasks is read from disk or fetched."""
 
-    event: Literal["find"] = "find"
     logged = False
     tasks: str
 
@@ -192,7 +189,7 @@ class Find(Event):
         return f"getting the tasks {self.tasks}"
 
 
-class Start(Event):
+class Start(Event, kind="start"):
     """A run begins or resumes.
 
     Attributes:
@@ -221,7 +218,6 @@ class Start(Event):
         seconds_left: until the run must end, if it has a deadline.
     """
 
-    event: Literal["start"] = "start"
     method: str = ""
     dequantised: str | None = None
     text: str | None = None
@@ -290,14 +286,13 @@ class Start(Event):
         return text
 
 
-class Progress(Event):
+class Progress(Event, kind="progress"):
     """How far a long operation is: `done` of `of`. It begins with 0 of 0, and stays there if nothing can be counted.
 
     `phase` is a key of `PHASES`; `task` names a task, and `what` says what is timed in the phase `time`, and
     which text is written in the phase `write`: the calibration text if it is not set.
     """
 
-    event: Literal["progress"] = "progress"
     logged = False
     phase: str
     done: Count
@@ -332,7 +327,7 @@ def counting(listen: Listener, phase: str, **where: Any) -> Callable[[int, int],
     return lambda done, of: listen(Progress(phase=phase, done=done, of=of, **where))
 
 
-class Cut(Event):
+class Cut(Event, kind="cut"):
     """An iteration of pruning is done.
 
     Attributes:
@@ -351,7 +346,6 @@ class Cut(Event):
         used: name of an axis of experts -> the share of the calibration tokens that went to each expert before the cut.
     """
 
-    event: Literal["cut"] = "cut"
     stage: Count | None = None
     iteration: Count | None = None
     params: Count
@@ -378,13 +372,12 @@ class Cut(Event):
         return self._those("params", "loss")
 
 
-class Step(Event):
+class Step(Event, kind="step"):
     """Optimiser step `step` of the run is done. `gradient_norm` is before clipping; `tokens` and `peak_bytes` are so far.
 
     `loss_is` says what the loss is, if it is not the cross-entropy, which is the logarithm of the perplexity.
     """
 
-    event: Literal["step"] = "step"
     stage: Count | None = None
     step: Count | None = None
     tokens: Count
@@ -419,14 +412,13 @@ class Step(Event):
         return self._those("loss", "lr", "gradient_norm", "tokens", "tokens_per_second", "peak_bytes")
 
 
-class Evaluation(Event):
+class Evaluation(Event, kind="evaluation"):
     """The perplexity of held-out text was measured after a stage; stage 0 is the model at the start.
 
     Other fields are as in `evaluate.perplexity`. JSON has None for an infinite perplexity. If a stage trains, there is also one
     event `after_cuts`, before that training. `used` has for each layer with experts the share of the tokens that went to each.
     """
 
-    event: Literal["evaluation"] = "evaluation"
     stage: Count
     after_cuts: bool = False
     params: Count | None = None
@@ -455,10 +447,9 @@ class Evaluation(Event):
         return self._those("perplexity", "params") | self.judged | {f"nll/{text}": nll for text, nll in self.by_text.items()}
 
 
-class Tasks(Event):
+class Tasks(Event, kind="tasks"):
     """Tasks were scored; `average` and its `stderr` cover those that have an accuracy."""
 
-    event: Literal["tasks"] = "tasks"
     stage: Count
     params: Count | None = None
     average: float | None = None
@@ -474,12 +465,11 @@ class Tasks(Event):
         return self._those("average", "params")
 
 
-class Saved(Event):
+class Saved(Event, kind="saved"):
     """A checkpoint was written; if it has the figures of the whole run, it is the result."""
 
     model_config = ConfigDict(extra="allow")
 
-    event: Literal["saved"] = "saved"
     path: str = ""
     stage: Count | None = None
 
@@ -496,20 +486,18 @@ class Saved(Event):
         return "" if self.is_result or not self.path else f"saved {self.path}"
 
 
-class Warned(Event):
+class Warned(Event, kind="warning"):
     """Something that a user should know."""
 
-    event: Literal["warning"] = "warning"
     message: str
 
     def line(self, begun: str = "dense") -> str:
         return f"warning: {self.message}"
 
 
-class Finished(Event):
+class Finished(Event, kind="finished"):
     """The requested run was already finished."""
 
-    event: Literal["finished"] = "finished"
     logged = False
     path: str
 
@@ -517,10 +505,9 @@ class Finished(Event):
         return f"this run is finished: {self.path}"
 
 
-class Interrupted(Event):
+class Interrupted(Event, kind="interrupted"):
     """Somebody stopped the work; `path` is the result if it was already written."""
 
-    event: Literal["interrupted"] = "interrupted"
     logged = False
     message: str
     path: str | None = None

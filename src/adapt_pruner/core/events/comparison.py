@@ -1,16 +1,15 @@
 """The events of a comparison; they are written to no log."""
 
-from typing import Any, Literal
+from typing import Any
 
 from adapt_pruner.core.events import Count, Event, Seconds, parse, words
 from adapt_pruner.core.events.words import millions, shown
 from adapt_pruner.core.system.strict_json import perplexity_of
 
 
-class Reused(Event):
+class Reused(Event, kind="reused"):
     """Finished cells of a comparison are used again."""
 
-    event: Literal["reused"] = "reused"
     logged = False
     done: Count
     of: Count
@@ -39,7 +38,7 @@ class _OfCell(Event):
         return f"cell {self.cell} of {self.of}: {self.method} {goal}{which}"
 
 
-class CellBegun(_OfCell):
+class CellBegun(_OfCell, kind="cell"):
     """A cell begins.
 
     Attributes:
@@ -47,7 +46,6 @@ class CellBegun(_OfCell):
         seconds_here: of these, the seconds that this cell takes.
     """
 
-    event: Literal["cell"] = "cell"
     seconds_left: Seconds | None = None
     seconds_here: Seconds | None = None
 
@@ -55,10 +53,9 @@ class CellBegun(_OfCell):
         return self.name + ("" if self.seconds_left is None else f", about {words.span(self.seconds_left)} left")
 
 
-class CellDone(_OfCell):
+class CellDone(_OfCell, kind="cell_done"):
     """A cell has ended: with its mean loss on the first text, `nll`, or an `error`."""
 
-    event: Literal["cell_done"] = "cell_done"
     nll: float | None = None
     error: str | None = None
 
@@ -68,10 +65,9 @@ class CellDone(_OfCell):
         return f"{self.name}: {result}"
 
 
-class CellLine(Event):
+class CellLine(Event, kind="said"):
     """A line that the process of a cell wrote."""
 
-    event: Literal["said"] = "said"
     logged = False
     text: str
 
@@ -83,10 +79,9 @@ class CellLine(Event):
         return f"  {self.text}"
 
 
-class InCell(Event):
+class InCell(Event, kind="in_cell"):
     """An event that the process of a cell told, in the form that listeners get."""
 
-    event: Literal["in_cell"] = "in_cell"
     logged = False
     said: dict[str, Any]
 

@@ -1,7 +1,7 @@
 """Further events of a run: its plan, a reduction on its way, a feed that shifts the shares of its texts, answers to prompts."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -27,10 +27,9 @@ class Item(TypedDict):
     repeats: bool
 
 
-class PlanLine(Event):
+class PlanLine(Event, kind="plan_line"):
     """A line of the plan that `shrink` has made."""
 
-    event: Literal["plan_line"] = "plan_line"
     logged = False
     text: str
 
@@ -38,10 +37,9 @@ class PlanLine(Event):
         return self.text
 
 
-class VocabularyCut(Event):
+class VocabularyCut(Event, kind="vocabulary"):
     """Tokens were removed from the vocabulary; `params` are the parameters left in the whole model."""
 
-    event: Literal["vocabulary"] = "vocabulary"
     logged = False
     tokens_before: Count
     tokens: Count
@@ -51,7 +49,7 @@ class VocabularyCut(Event):
         return f"{self.tokens:,} of {self.tokens_before:,} tokens stay, which leaves {millions(self.params)} parameters"
 
 
-class Grew(Event):
+class Grew(Event, kind="grew"):
     """The model has grown by copying its weights.
 
     Attributes:
@@ -61,7 +59,6 @@ class Grew(Event):
         apart: the largest difference between logits before and now; None after copied layers, which compute something else.
     """
 
-    event: Literal["grew"] = "grew"
     params_before: Count
     params: Count
     sizes: dict[str, Count]
@@ -75,20 +72,18 @@ class Grew(Event):
         return f"grown from {millions(self.params_before)} to {millions(self.params)} parameters ({sizes}); {same}"
 
 
-class Probe(Event):
+class Probe(Event, kind="probe"):
     """The speed of this machine with the model is measured."""
 
-    event: Literal["probe"] = "probe"
     logged = False
 
     def line(self, begun: str = "dense") -> str:
         return "measuring this machine (up to a minute)"
 
 
-class Resumed(Event):
+class Resumed(Event, kind="resumed"):
     """A run resumes from a checkpoint. `pruned` says whether the cuts of its stage are done; `cuts` counts them so far."""
 
-    event: Literal["resumed"] = "resumed"
     path: str = ""
     stage: Count
     step: Count
@@ -100,7 +95,7 @@ class Resumed(Event):
         return f"continuing from {self.path} (stage {self.stage}, {f'step {self.step}' if self.pruned else cuts})"
 
 
-class Planned(Event):
+class Planned(Event, kind="planned"):
     """A run was planned, and is about to read its text. A resumed run lists only what is still to come.
 
     Attributes:
@@ -110,7 +105,6 @@ class Planned(Event):
         seconds_left: until the run must end, if it has a deadline.
     """
 
-    event: Literal["planned"] = "planned"
     logged = False
     targets: list[Count]
     tokens: list[Count]
@@ -136,7 +130,7 @@ class Within(Event):
         return True
 
 
-class Searched(Within):
+class Searched(Within, kind="searched"):
     """A round of a search for what to cut is done.
 
     Attributes:
@@ -147,7 +141,6 @@ class Searched(Within):
         sizes: axis name -> units that the search would keep now; where it is undecided, the expected number.
     """
 
-    event: Literal["searched"] = "searched"
     evaluations: Count = 0
     best: float | None = None
     mean: float | None = None
@@ -162,7 +155,7 @@ class Searched(Within):
         return self._those("best", "mean")
 
 
-class Masked(Within):
+class Masked(Within, kind="masked"):
     """The weights of a further decoder layer have become zero; `done` counts layers.
 
     Attributes:
@@ -170,7 +163,6 @@ class Masked(Within):
         error: ‖W' Z - W X‖² / ‖W X‖², the mean over the linear layers of the decoder layer; None if it was not computed.
     """
 
-    event: Literal["masked"] = "masked"
     zeros: Count
     error: float | None = None
 
@@ -182,7 +174,7 @@ class Masked(Within):
         return self._those("error")
 
 
-class MasksLearnt(Within):
+class MasksLearnt(Within, kind="masks_learnt"):
     """Masks were learnt in some more steps of training; `done` counts these steps. One of `zeros` and `sizes` is given.
 
     Attributes:
@@ -191,7 +183,6 @@ class MasksLearnt(Within):
         sizes: axis name -> units that the masks are expected to keep.
     """
 
-    event: Literal["masks_learnt"] = "masks_learnt"
     zeros: Count | None = None
     flipped: float | None = None
     sizes: dict[str, float] | None = None
@@ -205,7 +196,7 @@ class MasksLearnt(Within):
         return self._those("flipped")
 
 
-class Mixed(Event):
+class Mixed(Event, kind="mixed"):
     """A feed has changed the shares of the texts that it mixes.
 
     Attributes:
@@ -215,7 +206,6 @@ class Mixed(Event):
         losses: SPEC -> mean loss since the last change, in nats per token, over rows that were read for the first time.
     """
 
-    event: Literal["mixed"] = "mixed"
     step: Count
     tokens: Count
     shares: dict[str, float]
@@ -236,7 +226,7 @@ class PromptAnswer(TypedDict):
     text: str
 
 
-class Answered(Event):
+class Answered(Event, kind="answered"):
     """The model answered the run's prompts: stage 0 is the model at the start.
 
     Attributes:
@@ -244,12 +234,11 @@ class Answered(Event):
         answers: in the order of the prompts.
     """
 
-    event: Literal["answered"] = "answered"
     stage: Count
     answers: list[PromptAnswer]
 
 
-class Chatted(Event):
+class Chatted(Event, kind="chatted"):
     """The model answered prompts of ours that a rule checks: stage 0 is the model at the start.
 
     Attributes:
@@ -262,7 +251,6 @@ class Chatted(Event):
         kl: KL to the dense model, in nats a token, on held-out conversations that it wrote; None if there are none.
     """
 
-    event: Literal["chatted"] = "chatted"
     stage: Count
     asked: Count
     right: list[Count]
