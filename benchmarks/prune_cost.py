@@ -1,6 +1,6 @@
 """What pruning costs: its time against plain forward and backward passes, its peak memory against the model's size.
 
-    python benchmarks/prune_cost.py [MODEL] [--method adaptive-ls-v1] [--params 120M] [--samples 64] [--length 128]
+    python benchmarks/prune_cost.py [MODEL] [--method adaptive-ls-v1] [--params 120M] [--samples 64] [--length 128] [--set KEY=VALUE ...]
 
 Time: what `adapt-pruner prune` spends on scoring, layer distances, choosing, measuring heads, repair and cutting, divided by (iterations × one
 plain forward and backward with transformers' own loss over the same calibration tokens in the same batches and precision). The plain
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--params", default="120M")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of `prune`")
     asked = parser.parse_args()
 
     loaded = load(asked.model)
@@ -58,7 +59,7 @@ def main() -> None:
     plain = [plain_pass(loaded.model, batches)]
     with tempfile.TemporaryDirectory() as folder:
         options = ["--calibration-samples", asked.samples, "--calibration-length", asked.length]
-        target = ["--params", asked.params, "--method", asked.method]
+        target = ["--params", asked.params, "--method", asked.method, *(word for each in asked.set for word in ("--set", each))]
         figures = json.loads(command("prune", asked.model, "-o", Path(folder) / "pruned", *target, *options, "--json"))
     plain.append(plain_pass(loaded.model, batches))
     peak = figures["peak_rss_bytes"]
