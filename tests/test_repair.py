@@ -15,6 +15,7 @@ from adapt_pruner.checkpoint.load import load
 from adapt_pruner.checkpoint.save import save
 from adapt_pruner.core.model.axes import Mask
 from adapt_pruner.core.model.cut import cut, gated
+from adapt_pruner.core.model.gram import PANEL, add_gram, complete
 from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.reduce.repair import closed_form
@@ -372,3 +373,14 @@ def test_biases_that_a_repair_made_are_saved_and_load_in_stock_transformers(text
     )
     said = ask_a_stranger(code, tmp_path / "out", json.dumps(text[0].tolist()), folder=tmp_path)
     assert json.loads(said) == pytest.approx(float(logits.double().sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("features", [5, PANEL, PANEL + 3, 2 * PANEL + 1])
+def test_the_sums_of_products_are_those_of_the_whole_matrix(features: int) -> None:
+    text = torch.randn(2, 40, features, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(features, features, dtype=torch.float64)
+    for values in text:
+        add_gram(total, values)
+    whole = text.flatten(0, 1)
+    torch.testing.assert_close(complete(total), whole.T @ whole)
+    assert torch.equal(complete(total.clone()), total)

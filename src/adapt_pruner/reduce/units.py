@@ -22,6 +22,7 @@ from adapt_pruner.core.events.run import Searched
 from adapt_pruner.core.model.axes import Axis, Mask, Scores
 from adapt_pruner.core.model.budget import Budget
 from adapt_pruner.core.model.cut import num_left
+from adapt_pruner.core.model.gram import PANEL
 from adapt_pruner.core.model.kinds import HEADS, WHOLE, kind_of, tower_of
 from adapt_pruner.core.model.shelf import Shelved, numbers_of
 from adapt_pruner.core.system.memory import give_back
@@ -140,8 +141,8 @@ class Units(Reduction):
 
         To shut a KV head or a block, the layers from its own on run again, half of all layers on average. Heads are measured in
         those layers that would lose some if all scores were equal. Scoring each layer on the output of the pruned layers
-        below it runs each layer twice. A repair sums the products of each gate's inputs, 2 · features² operations per
-        token. It then solves for the weights: features³ / 3 operations in float64, here counted twice.
+        below it runs each layer twice. A repair sums the products of each gate's inputs, about features² operations per
+        token (`core.model.gram`). It then solves for the weights: features³ / 3 operations in float64, here counted twice.
         """
         recipe, evidence = work.recipe, evidence_of(work)
         tokens = recipe.calibration.samples * recipe.calibration.length
@@ -162,7 +163,7 @@ class Units(Reduction):
             further = recipe.calibration.self_generated + recipe.calibration.repair_samples
             text = tokens + further * recipe.calibration.length
             features = [axis.size * axis.gate.width for axis in prunable(work) if axis.gate.is_linear]
-            flops = sum(2 * text * size**2 + 2 * size**3 / 3 for size in features)
+            flops = sum(text * size * (size + PANEL) + 2 * size**3 / 3 for size in features)
             steps = int(parts.bind("repair", recipe.repair).keywords.get("factors") or 0)
             phases["repair"] = Passes(forward=text * (1 + steps / 4), both=steps * text / 2, flops=flops)
         return phases

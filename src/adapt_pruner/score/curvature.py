@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapt_pruner.core.model.axes import Axis, Scores
+from adapt_pruner.core.model.gram import add_gram, complete
 from adapt_pruner.core.model.hooks import attached
 from adapt_pruner.core.model.task import CAUSAL_LM, Task
 from adapt_pruner.core.system import world
@@ -67,7 +68,7 @@ def kfac(
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             entering = args[0].detach().float().flatten(0, -2)
-            inputs[name].addmm_(entering.t(), entering)
+            add_gram(inputs[name], entering)
             if name == gates[0]:
                 counts.add_(torch.tensor([entering.shape[0], task.num_predicted([args[0]])]))
             if output.requires_grad:
@@ -75,7 +76,7 @@ def kfac(
 
         def backward(gradient: Tensor) -> None:
             leaving = gradient.float().flatten(0, -2)
-            outputs[name].addmm_(leaving.t(), leaving)
+            add_gram(outputs[name], leaving)
 
         return hook
 
@@ -89,8 +90,8 @@ def kfac(
         # The gradients seen are those of the mean loss, 1 / num_predicted of those of the sum.
         scores[axis.name] = _costs(
             weights[name],
-            inputs[name] / num_tokens,
-            outputs[name] * num_predicted,
+            complete(inputs[name]) / num_tokens,
+            complete(outputs[name]) * num_predicted,
             width=axis.gate.width,
             groups=axis.groups,
             ridge=ridge,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapt_pruner.core.model.axes import Axis, Mask
 from adapt_pruner.core.model.cut import gated
+from adapt_pruner.core.model.gram import add_gram, complete
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import Stream, decoder_layers, streams
 from adapt_pruner.core.model.shelf import at_hand, fetched
@@ -210,13 +211,14 @@ class _Fit:
         """Add the layer's input in batch `number`, before and after pruning: [tokens, features]; None if both are the same."""
         square, cross = self.parts[len(self.parts) > 1 and number % _HELD_OUT == 1]
         stays = (whole if pruned is None else pruned)[:, self.keep]
-        square.addmm_(stays.t(), stays)
+        add_gram(square, stays)
         cross.addmm_((whole if self.sequential else whole[:, self.crossed]).t(), stays)
 
     def apply(self, ridge: float | None, *, tokens: float) -> float:
         """Change the layer's weight, in place, and drop the sums; returns the features per token, 1 if there are enough tokens."""
         for sums in self.parts:
             world.sum_in_place(*sums)
+            complete(sums[0])
         short = max(1.0, self.keep.numel() / tokens)
         if ridge is None:
             ridge = self._chosen()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adapt_pruner.core.model.gram import add_gram, complete
 from adapt_pruner.core.model.hooks import watching_inputs
 from adapt_pruner.core.model.layers import Stream, decoder_layers, streams
 from adapt_pruner.core.model.precision import casting_once
@@ -230,11 +231,12 @@ class _Sums:
         """Add the input of a layer, float32 [tokens, inputs]; `before` is that of the dense layer."""
         squares, *grams = self._of(name)
         squares += values.square().sum(dim=0, dtype=torch.float64)
-        pairs = [(values, values), (before, values), (before, before)]
-        for sums, (left, right) in zip(grams, pairs, strict=False):
-            assert left is not None
-            assert right is not None
-            sums.addmm_(left.t(), right)
+        if grams:
+            add_gram(grams[0], values)
+        if before is not None and grams[1:]:
+            cross, dense = grams[1:]
+            cross.addmm_(before.t(), values)
+            add_gram(dense, before)
 
     def gather(self, names: Sequence[str]) -> None:
         """Add up the sums of the named layers over all processes, in place."""
@@ -242,7 +244,10 @@ class _Sums:
 
     def of(self, name: str) -> Inputs:
         """The sums in the form that a solver takes."""
-        return Inputs(*self._of(name))
+        squares, *grams = self._of(name)
+        for gram in grams[::2]:  # not the one of two different inputs
+            complete(gram)
+        return Inputs(squares, *grams)
 
     def _of(self, name: str) -> list[Tensor]:
         if name not in self._sums:
