@@ -41,7 +41,7 @@ from adapt_pruner.core.system.locks import locked
 from adapt_pruner.core.system.provenance import made_by, to_install
 from adapt_pruner.core.system.strict_json import read_json, to_json
 from adapt_pruner.data.overlap import of_kind, overlaps, same_kind, same_tokens
-from adapt_pruner.data.sources import SELF, beginning, domains, texts
+from adapt_pruner.data.sources import COMPARED, SELF, beginning, domains, texts
 from adapt_pruner.data.tokens import calibration_ids, digest_of, text_bytes
 from adapt_pruner.data.windows import held_out_windows, too_long
 from adapt_pruner.errors import RunError, UsageError, first_line, option
@@ -54,7 +54,6 @@ from adapt_pruner.run.start import placed
 from adapt_pruner.work import Work
 
 _KIND = "comparison"
-_MAX_HUB_DOCUMENTS = 10_000  # documents of a hub data set that show whether it has changed
 
 
 def compare(request: Request, out: Path, *, listen: Listener = lambda event: None, keep: bool = False) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def _counted(recipe: Recipe) -> Iterable[str]:
 
 def _text_digest(spec: str) -> str:
     digest = hashlib.sha256()
-    for document in beginning(spec, _MAX_HUB_DOCUMENTS):
+    for document in beginning(spec, COMPARED):
         digest.update(document.digest)
     return digest.hexdigest()
 

@@ -12,12 +12,11 @@ from torch import Tensor
 from adapt_pruner.core.events.words import counted
 from adapt_pruner.core.system.files import expanded
 from adapt_pruner.data.copies import Passages
-from adapt_pruner.data.sources import Source, beginning, domains, parts_of, pieces, written_spec
+from adapt_pruner.data.sources import COMPARED, Source, beginning, domains, parts_of, pieces, written_spec
 
 _NAMED = 3
 _COPIED = 0.5  # share of a passage that stands in the other text, from which on it is shared
 _RUN = 32  # consecutive tokens that two texts do not share by chance
-_MAX_HUB_DOCUMENTS = 10_000
 _BUILT_IN = "python-docs"
 _OF_ANY_TEXT = {
     "calibration", "clean", "corpora", "corpus", "data", "dataset", "datasets", "docs", "documents", "eval", "evaluation", "files",
@@ -67,11 +66,11 @@ def overlaps(sources: Mapping[str, Source | None]) -> list[Overlap]:
     }
 
     def passages(spec: str) -> Iterator[tuple[str, str]]:
-        return ((document.name, piece) for document in beginning(spec, _MAX_HUB_DOCUMENTS) for piece in pieces(document.text))
+        return ((document.name, piece) for document in beginning(spec, COMPARED) for piece in pieces(document.text))
 
     @functools.cache
     def known(spec: str) -> Passages:
-        return Passages(document.text for document in beginning(spec, _MAX_HUB_DOCUMENTS))
+        return Passages(document.text for document in beginning(spec, COMPARED))
 
     @functools.cache
     def copied(spec: str, other: str) -> list[tuple[str, bool]]:

@@ -48,6 +48,8 @@ _PIECE, _HELD_OUT_PIECE = 4_000, 10  # characters of a piece; one piece in this 
 _COPIED = 0.5  # share of a text in the held-out part from which it counts as a near copy of that
 _FORMULA = 2  # a passage that comes more often in the held-out part is a formula of the text, and no copy
 MAX_HUB_DOCUMENTS = 200_000
+COMPARED = 10_000
+"""Documents of a hub data set that show whether it has changed, or shares passages with another text."""
 
 
 @dataclass(frozen=True, slots=True)
