@@ -24,6 +24,7 @@ from adapt_pruner.errors import UsageError
 from adapt_pruner.recipe import read
 from adapt_pruner.report.with_card import run
 from adapt_pruner.run import conversations as run_conversations
+from adapt_pruner.run import shrink as shrinking
 from adapt_pruner.run.forecast import dry_run
 from adapt_pruner.run.plan import phases, setup_of
 from adapt_pruner.run.start import begin, plan
@@ -569,6 +570,32 @@ def test_shrink_keeps_a_chat_model_one(
     assert status == 0, lines
     assert "the small model answers" in again
     assert "writes about" not in lines, "it is not planned anew"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "more", "source", "chat", "said"),
+    [
+        (1.0, [], "self-chat#train", 3, "the dense model first writes up to 12 conversations"),
+        (20.0, [], "self-chat#train", 0, "the dense model first writes up to 12 conversations"),
+        (55.0, [], "python-docs:train", 0, "writing: no time; a longer run would learn from what the dense model writes"),
+        (55.0, ["--set", "training.written=12"], None, 0, "1 minutes are too few"),
+    ],
+)
+def test_a_run_that_has_no_time_to_write_prunes_and_trains_all_the_same(
+    few: None, chat_folder: Path, tmp_path: Path, ask: Any, monkeypatch: pytest.MonkeyPatch,
+    seconds: float, more: list[str], source: str | None, chat: int, said: str,
+) -> None:  # fmt: skip
+    """First it asks none of our prompts, then it writes nothing; texts that the user asks for stay, and the time is refused."""
+    writing = run_conversations.Writing("self-chat", 12, seconds=seconds, chat=3, answering=30.0 if seconds > 1 else 1.0)
+    monkeypatch.setattr(shrinking, "writing_planned", lambda work, **asked: writing)
+    words = ["shrink", chat_folder, "--params", "80%", "-o", tmp_path / "small", "--minutes", "1", "--dry-run"]
+    status, out, lines = ask(*words, *more)
+    assert said in lines
+    assert status == (2 if source is None else 0)
+    if source is not None:
+        (tmp_path / "plan.yaml").write_text(out)
+        recipe = read(str(tmp_path / "plan.yaml"))
+        assert (recipe.training.source, recipe.evaluation.chat) == (source, chat)
 
 
 def test_conversations_are_turned_off(few: None, chat_folder: Path, text_file: Path, tmp_path: Path, ask: Any) -> None:

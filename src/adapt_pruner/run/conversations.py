@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -136,6 +136,21 @@ class Writing:
     chat: int = 0
     answering: float = 0.0
     why_not: str = ""
+
+    @property
+    def minutes(self) -> float:
+        """About how long all of it takes."""
+        return (self.seconds + self.answering) / 60
+
+    def and_less(self, *, asked: bool) -> list["Writing"]:
+        """This, and what is left where a run has no time for it: first without our prompts, then without texts.
+
+        Args:
+            asked: whether the user asked for the texts; then they stay.
+        """
+        silent = replace(self, chat=0, answering=0.0)
+        nothing = Writing(self.base, 0, why_not="no time; a longer run would learn from what the dense model writes")
+        return [self, *([silent] if self.chat else []), *([nothing] if self.texts and not asked else [])]
 
     @property
     def line(self) -> str:

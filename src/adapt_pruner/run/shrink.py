@@ -28,7 +28,7 @@ from adapt_pruner.errors import UsageError, option
 from adapt_pruner.evaluate.anatomy import decoder_parameters, weight_size
 from adapt_pruner.recipe import Recipe
 from adapt_pruner.recipe.overrides import keys_of
-from adapt_pruner.run.conversations import writing_planned
+from adapt_pruner.run.conversations import Writing, writing_planned
 from adapt_pruner.run.estimate import Speed, operations, shapes
 from adapt_pruner.run.folder import check_folder
 from adapt_pruner.run.plan import LEAN, most_bytes, phases, seconds, setup_of
@@ -61,6 +61,10 @@ _ADDED = 0.2  # the size that counts of additions of low rank, which begin at ze
 _AFTERWARDS = 10.0  # seconds for writing the result, its card and its page
 _LONGEST = 10**6  # minutes
 _ENDLESS = 10**12  # tokens of a text that is never used up
+
+
+class _TooShortError(UsageError):
+    """The time is too short for the smallest plan."""
 
 
 @dataclass(frozen=True)
@@ -206,21 +210,32 @@ def recipe_in_time(
     text_tokens, held_out_tokens = parts.tokens(work.tokenizer, length=_TRAINING_ROW)
     own, texts = text is not None, plain.training.written if "training.written" in named else None
     writing = world.agreed(writing_planned(work, text=text, seconds=None if minutes is None else 60 * minutes, texts=texts))
-    if writing.texts and not own:  # what it writes is read as often as need be
-        train, held_out = parts_of(writing.base)
-        text_tokens, held_out_tokens = _ENDLESS, writing.texts // HELD_OUT * _TRAINING_ROW
-        work.recipe = _with_texts(work.recipe, train, held_out)
     spent = world.agreed(time.perf_counter() - started) / 60  # the probe counts against the minutes
-    writes = (writing.seconds + writing.answering) / 60
-    wanted = Asked(text_tokens, held_out_tokens, own or bool(writing.texts), minutes, tokens, gone=spent + writes)
-    choice = world.on_main(lambda: planned(speed, work, wanted))
+
+    def planned_with(writing: Writing) -> Choice:
+        wanted = Asked(text_tokens, held_out_tokens, own or bool(writing.texts), minutes, tokens, gone=spent + writing.minutes)
+        if own or not writing.texts:
+            return planned(speed, work, wanted)
+        wanted = replace(
+            wanted, text_tokens=_ENDLESS, held_out_tokens=writing.texts // HELD_OUT * _TRAINING_ROW
+        )  # read as often as need be
+        return planned(speed, replace(work, recipe=_with_texts(work.recipe, *parts_of(writing.base))), wanted)
+
+    def first_in_time() -> tuple[Choice, Writing]:
+        *more, least = writing.and_less(asked=texts is not None)
+        for enough in more:
+            with suppress(_TooShortError):
+                return planned_with(enough), enough
+        return planned_with(least), least
+
+    choice, writing = world.on_main(first_in_time)
     for line in [*choice.lines, *([writing.line] if writing.line else [])]:
         listen(PlanLine(text=line))
     if overrides:
         listen(PlanLine(text=f"your own settings, which replace those above: {', '.join(overrides)}"))
     settings = {**choice.settings, **writing.settings(train, own=own)}
     if "minutes" in settings:  # of the run, in which the model writes
-        settings["minutes"] += writes
+        settings["minutes"] += writing.minutes
     if "step" in named:  # layers differ by amplitude / step
         settings["amplitude"] = plain.step
     if "method" in named:  # another method has its own step and repair
@@ -396,7 +411,7 @@ def _thoroughness(
     """Tokens of a step, windows to measure, how to prune, and seconds left for training: the first choice that fits the time.
 
     Raises:
-        UsageError: even the smallest choice takes longer.
+        _TooShortError: even the smallest choice takes longer.
     """
     total = asked.left
     usual = _settings(work, ways[0], distilled=False, again=False)
@@ -412,7 +427,7 @@ def _thoroughness(
             return batch, windows, draft, left
     needed = ((total * (1 - _SPARE) - left + least) / (1 - _SPARE)) / 60 + asked.gone
     needed = math.ceil(needed) if needed > 10 else math.ceil(10 * needed) / 10
-    raise UsageError(
+    raise _TooShortError(
         f"{asked.minutes:g} minutes are too few: to measure this machine, load {work.recipe.model}, prune it in one cut, train "
         f"{fewest} steps and measure it takes about {needed:g} minutes here; give at least that many"
     )
