@@ -234,8 +234,11 @@ def points_of(name: str, minutes: float) -> list[Figures]:
     found: dict[str, Figures] = {}
     order = [f"{arm}-{quant}" for arm in ARMS for quant in DENSE_QUANTS]
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in (CELLS / name).glob("*.json")]
+    speeds = {cell["quant"]: cell["speed"] for cell in cells if cell["arm"] == "dense" and cell.get("speed")}
     for cell in sorted(cells, key=lambda cell: order.index(f"{cell['arm']}-{cell['quant']}")):
         if (cell["arm"] == "dense" or cell["minutes"] == minutes) and len(cell.get("texts", {})) == len(MEASURED):
+            if cell["arm"] == "trained" and cell["quant"] in speeds:  # it has the dense model's shapes, so its speed
+                cell.setdefault("speed", speeds[cell["quant"]])
             same = found.setdefault(cell["digest"], {**cell, "types": []})
             same["types"].append(cell["quant"].upper())
             same.update({key: cell[key] for key in ("chat", "speed") if cell.get(key)})

@@ -38,6 +38,14 @@ def test_files_that_store_the_same_are_one_point(tmp_path: Path, monkeypatch: py
     assert len(list(frontier.table(found))) == 4
 
 
+def test_a_trained_file_has_the_speed_of_the_dense_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = {"1": {"prefill": {"median": 1.5}, "decode": {"median": 2.5}}}
+    dense = {**point("dense", "q8_0", 145, 1.2), "speed": speed}
+    found = read([dense, point("trained", "q8_0", 145, 1.1), point("60", "q8_0", 99, 1.4)], tmp_path, monkeypatch)
+    rows = list(frontier.table(found))[2:]
+    assert [row.count("2.50×") for row in rows] == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("pruned", "words"),
     [
