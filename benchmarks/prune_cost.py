@@ -54,7 +54,8 @@ def main() -> None:
     loaded = load(asked.model)
     size = 4 * count_parameters(loaded.model)
     calibration = Calibration(samples=asked.samples, length=asked.length)
-    batches = calibration_feed(loaded.model, loaded.tokenizer, **calibration.model_dump(exclude={"self_generated"}), seed=0)(1)
+    text = calibration.model_dump(include={"source", "samples", "length", "ids"})
+    batches = calibration_feed(loaded.model, loaded.tokenizer, **text, seed=0)(1)
     plain_pass(loaded.model, batches[:1])  # the first pass of a process is slow
     plain = [plain_pass(loaded.model, batches)]
     with tempfile.TemporaryDirectory() as folder:
