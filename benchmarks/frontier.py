@@ -322,7 +322,7 @@ def pictures(name: str, points: Sequence[Figures]) -> list[Beside]:
     sides: dict[str, tuple[str, Callable[[Figures], float | None]]] = {
         "bytes": ("MB of the file", lambda point: point["bytes"] / 1e6),
         "speed": (
-            "times as fast as F16 at writing",
+            "times as fast as F16 at writing, one thread",
             lambda point: point["speed"]["1"]["decode"]["median"] if point.get("speed") else None,
         ),
     }
