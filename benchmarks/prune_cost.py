@@ -54,8 +54,7 @@ def main() -> None:
     loaded = load(asked.model)
     size = 4 * count_parameters(loaded.model)
     calibration = Calibration(samples=asked.samples, length=asked.length)
-    text = calibration.model_dump(include={"source", "samples", "length", "ids"})
-    batches = calibration_feed(loaded.model, loaded.tokenizer, **text, seed=0)(1)
+    batches = calibration_feed(loaded.model, loaded.tokenizer, **calibration.of_feed(), seed=0)(1)
     plain_pass(loaded.model, batches[:1])  # the first pass of a process is slow
     plain = [plain_pass(loaded.model, batches)]
     with tempfile.TemporaryDirectory() as folder:

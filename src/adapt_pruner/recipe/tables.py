@@ -113,6 +113,10 @@ class Calibration(Frozen):
             )
         return self
 
+    def of_feed(self) -> dict[str, Any]:
+        """What the feed of calibration batches takes: all but what is done with its batches, and the text that the repair alone reads."""
+        return self.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
+
 
 class Lora(Frozen):
     """Train LoRA adapters of the linear layers instead of the weights. The adapters are merged before the next cut."""

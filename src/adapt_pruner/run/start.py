@@ -457,7 +457,7 @@ def _calibration(work: Work, folder: Path | None, written: Written, *, begun: bo
     recipe = work.recipe
     if not write and (writes_text(recipe) or _unwritten(recipe.calibration.source, written)):
         return lambda iteration: []
-    keys = recipe.calibration.model_dump(exclude={"redraw", "self_generated", "repair_samples"})
+    keys = recipe.calibration.of_feed()
     if writes_text(recipe) and folder is not None:
         path = folder / filenames.CALIBRATION_TEXT
         keys["ids"] = str(path)
