@@ -90,15 +90,15 @@ class Shapes:
 
 def shapes(model: Any) -> Shapes:
     """The shapes of a causal LM of a known family; the model may lie on the meta device."""
-    sums, widest = {"queries": 0, "keys": 0, "neurons": 0}, 0
-    for axis in families.axes(model):
+    axes, sums, widest = families.axes(model), {"queries": 0, "keys": 0, "neurons": 0}, 0
+    for axis in axes:
         if axis.kind == "kv_heads":
             sums["queries"] += axis.size * axis.gate.width
             sums["keys"] += axis.size * min(piece.width for piece in axis.slices)
         elif axis.kind == "neurons":
             sums["neurons"] += axis.size
             widest = max(widest, axis.size)
-    stacks: list[Any] = [model.get_submodule(axis.gate.module) for axis in families.axes(model) if axis.kind == "layers"]
+    stacks: list[Any] = [model.get_submodule(axis.gate.module) for axis in axes if axis.kind == "layers"]
     stack = [count_parameters(layer) for layers in stacks for layer in layers]
     if (head := model.get_output_embeddings()) is None:  # of two towers, which tell the pairs of a batch apart
         vocabulary, width = 1, max(tower.hidden_size for tower in towers_in(model.config))

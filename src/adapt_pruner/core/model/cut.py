@@ -35,6 +35,11 @@ def _checked(axes: Sequence[Axis], mask: Mask) -> dict[str, Axis]:
     return {name: by_name[name] for name in mask if not bool(mask[name].all())}
 
 
+def _named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, a shared one by each; `get_parameter` would walk the modules for each name."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
     """Refuse axes whose slices cover only a part of a dimension.
 
@@ -42,9 +47,10 @@ def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
         ValueError: a slice goes beyond its dimension, or the slices of all axes together leave out a part of it.
     """
     runs: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    parameters = _named(model)
     for axis in axes:
         for piece in axis.slices:
-            length, end = model.get_parameter(piece.parameter).shape[piece.dim], piece.start + axis.entries * piece.width
+            length, end = parameters[piece.parameter].shape[piece.dim], piece.start + axis.entries * piece.width
             if piece.start < 0 or end > length:
                 raise ValueError(
                     f"{axis.name} owns {piece.start:,} to {end:,} along dimension {piece.dim} of {piece.parameter}, which has {length:,}; "
@@ -52,7 +58,7 @@ def _check_slices(model: nn.Module, axes: Sequence[Axis]) -> None:
                 )
             runs.setdefault((piece.parameter, piece.dim), []).append((piece.start, end))
     for (name, dim), owned in runs.items():
-        length, covered, reached = model.get_parameter(name).shape[dim], 0, 0
+        length, covered, reached = parameters[name].shape[dim], 0, 0
         for start, end in sorted(owned):
             covered += max(0, end - max(start, reached))
             reached = max(reached, end)
@@ -318,17 +324,18 @@ def _size(axis: Axis, mask: Mask) -> int:
 
 def _kept(model: nn.Module, axes: Sequence[Axis], mask: Mask) -> Iterator[tuple[nn.Parameter, dict[int, Tensor]]]:
     """Each parameter that shrinks, with the indices that stay along each of its dimensions."""
-    parameters: dict[int, tuple[nn.Parameter, dict[int, Tensor]]] = {}
+    named, shrinking = _named(model), dict[int, tuple[nn.Parameter, dict[int, Tensor]]]()
     for axis in axes:
         keep = mask.of(axis)
         if not keep.all():
             for piece in axis.slices:
-                parameter = model.get_parameter(piece.parameter)
-                _, dims = parameters.setdefault(id(parameter), (parameter, {}))
+                parameter = named[piece.parameter]
+                _, dims = shrinking.setdefault(id(parameter), (parameter, {}))
                 stays = dims.setdefault(piece.dim, torch.ones(parameter.shape[piece.dim], dtype=torch.bool))
                 stays[piece.start : piece.start + axis.entries * piece.width] &= keep.repeat_interleave(piece.width)
-    for key in list(parameters):
-        parameter, dims = parameters.pop(key)  # so that a parameter already cut is freed while the rest are cut
+    named.clear()
+    for key in list(shrinking):
+        parameter, dims = shrinking.pop(key)  # so that a parameter already cut is freed while the rest are cut
         yield parameter, {dim: entries.nonzero().flatten() for dim, entries in dims.items()}
 
 
