@@ -25,7 +25,8 @@ TEXTS = {"wikitext2": TESTED["WikiText-2"], "web_owt": TESTED["web text"]}
 CHOOSING = {"wikitext2": "../shared/data/wikitext2/valid.txt", "web_c4": TUNED_ON}  # of shares by layer
 DOMAINS = ("web_c4", "wiki", "books", "stackexchange")
 
-_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M"}
+_SIZES = {20: "113.3M", 30: "102.7M", 40: "92M", 60: "70.8M"}
+_AS_MUCH = {20: 640, 40: 427, 60: 256}
 _SEARCH = "rounds=10,tokens=1024,finalists=3"
 _SHAPE = "residual=448,kv_heads=2,neurons=1152,layers=24"  # 70,211,008 parameters
 _CUTS = {  # the same shape by one cut of each kind, scored alike, to exactly these parameters
@@ -56,7 +57,21 @@ def _shares(what: str, step: float) -> dict[str, str]:
         "alike": f"{alike} --set 'chooser=allocate.uniform(heads_after=0.5)'",
         "first layer whole": alike,
         "adaptive": adaptive,
+        "adaptive, half": f"{row} --method adaptive-ls-v1 --set amplitude={step / 2}",
         "adaptive, log": f"{adaptive} --set distance=blocks.block_influence --set 'chooser=allocate.adaptive(heads_after=0.5,scale=log)'",
+    }
+
+
+def _learnt(percent: int) -> dict[str, str]:
+    """Gates learnt on frozen weights, and the default row: on the text it takes, and on about as much as they read."""
+    row = f"prune --params {_SIZES[percent]} --method"
+    ours = f"{row} adaptive-ls-v1 --set calibration.self_generated=0"
+    return {
+        "grasprune": f"{row} grasprune",
+        "ddp": f"{row} ddp",
+        "ddp, 250 updates": f"{row} ddp --set 'reduce=free_gates(updates=250,ascent=4)'",
+        "adaptive-ls-v1": ours,
+        "adaptive-ls-v1, as much text": f"{ours} --calibration-samples {_AS_MUCH[percent]}",
     }
 
 
@@ -96,6 +111,9 @@ JOBS: dict[str, dict[str, str]] = {
         "gisp, one shot on the same text": "prune --params 92M --method gisp --calibration-samples 16 --set step=1",
         "gisp, one shot on four times the text": "prune --params 92M --method gisp --set step=1",
     },
+    "learnt-20": _learnt(20),
+    "learnt-40": _learnt(40),
+    "learnt-60": _learnt(60),
     "search-20": _searched(20),
     "bypass": {
         "wanda-sp": "prune --params 102.7M --method wanda-sp",
